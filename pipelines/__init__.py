@@ -1,0 +1,1 @@
+"""Methods that need no training: closed-form edits, guidance, attention control."""

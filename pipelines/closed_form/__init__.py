@@ -1,0 +1,1 @@
+"""Methods that solve an equation for the edited weights."""

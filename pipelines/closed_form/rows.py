@@ -1,0 +1,167 @@
+"""Which token rows of the encoded prompts a closed-form edit moves, where it moves them, and which it keeps.
+
+A concept is put into prompt templates; a prompt's hidden state has one row per token. The rows of a concept prompt
+move to rows of its anchor prompt (the same template around the anchor), paired by one of three choices:
+
+last_subject  the concept's last token -> the anchor's last token: one row per prompt (UCE's current code).
+tail_aligned  from the concept's last token to the end of the prompt, padding included -> the same from the anchor's
+              last token, cut to equal length (UCE's code at the time of the paper, which RECE builds on).
+all           every row but BOS. Rows before the concept stay where they are: a causal text encoder computes them
+              without having seen it. The concept's rows move to the anchor's one by one when the two have as many
+              tokens, else all to the anchor's last. Rows after it are aligned from the first row after the anchor's.
+
+BOS is never moved: it is the same row in every prompt, so moving it would move every prompt.
+
+A concept without an anchor moves to nothing: the empty prompt, or the template with the concept left out. Nothing has
+no tokens; the row before its place (BOS in the empty prompt) is then its "last token", as in the official code, except
+under `all`, where the concept's rows move to the row that has taken their place (EOT in the empty prompt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from toolkit.arch.base import Text
+from toolkit.concepts import EraseTask, Task
+from toolkit.errors import UserError
+
+if TYPE_CHECKING:
+    from toolkit.arch.base import Architecture
+
+RowChoice = Literal["last_subject", "tail_aligned", "all"]
+KeepChoice = Literal["all", "to_eot"]
+Nothing = Literal["empty_prompt", "template"]
+
+_BATCH = 64  # prompts per call of the text encoder
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An encoded prompt and where its subject is.
+
+    hidden: [L, d]. The subject's tokens are rows start to end - 1; start == end when the prompt has no subject.
+    """
+
+    hidden: Tensor
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """A task's prompts, encoded.
+
+    pairs: (concept prompt, anchor prompt) for every template and every word of every concept.
+    kept: per preserved prompt its hidden state [L, d] and its length up to and including EOT. empty: [L, d].
+    """
+
+    pairs: tuple[tuple[Placed, Placed], ...]
+    kept: tuple[tuple[Tensor, int], ...]
+    empty: Tensor
+
+    def moved(self, choice: RowChoice) -> tuple[Tensor, Tensor]:
+        """Rows to move [n, d] and where each goes [n, d]."""
+        sources, targets = zip(*(_pair(concept, anchor, choice) for concept, anchor in self.pairs), strict=True)
+        return torch.cat(sources), torch.cat(targets)
+
+    def keep(self, choice: KeepChoice) -> Tensor:
+        """Rows to keep [m, d]: of the preserved prompts all, or those up to EOT; and all of the empty prompt."""
+        return torch.cat([self.empty, *(hidden if choice == "all" else hidden[:length] for hidden, length in self.kept)])
+
+
+def encode_task(arch: Architecture, task: Task, nothing: Nothing) -> TaskRows:
+    """Encode every prompt of an erase task once. nothing: where concepts without an anchor go."""
+    if not isinstance(task, EraseTask):
+        raise UserError(f"given a {type(task).__name__}, needs an EraseTask; closed-form edits erase concepts")
+    _check(task)
+    jobs = list(_jobs(task, nothing))
+    templates = dict.fromkeys(template for concept in task.concepts for template in task.templates or concept.templates)
+    kept = [_fill(template, word) for word in task.preserve for template in templates]
+    prompts = ["", *kept]
+    for template, word, anchor_template, anchor in jobs:
+        prompts += [_fill(template, word), _fill(anchor_template, anchor), *_around(template), *_around(anchor_template)]
+    encoded = _encode(arch, prompts)
+    return TaskRows(
+        tuple((_place(encoded, *job[:2]), _place(encoded, *job[2:])) for job in jobs),
+        tuple((encoded[prompt].hidden[0], int(encoded[prompt].length)) for prompt in kept),
+        encoded[""].hidden[0],
+    )
+
+
+def _check(task: EraseTask) -> None:
+    """Refuse what would silently do nothing or contradict itself."""
+    erased = {word.casefold() for concept in task.concepts for word in concept.words}
+    for word in task.preserve:
+        if word.casefold() in erased:
+            raise UserError(f"{word!r} is both erased and preserved; remove it from one of the two")
+    for concept in task.concepts:
+        if concept.anchor is not None and concept.anchor.casefold() in {word.casefold() for word in concept.words}:
+            raise UserError(f"the anchor of {concept.name!r} is {concept.anchor!r} itself; name something else to turn it into")
+        for template in task.templates or concept.templates:
+            if template.count("{}") != 1:
+                raise UserError(f"template {template!r} has {template.count('{}')} places for the concept, needs one; write {{}} once")
+
+
+def _jobs(task: EraseTask, nothing: Nothing) -> Iterator[tuple[str, str, str, str]]:
+    """(template, word, anchor's template, anchor's word) of every pair of prompts."""
+    for concept in task.concepts:
+        for template in task.templates or concept.templates:
+            for word in concept.words:
+                empty = not (concept.anchor or "").strip()
+                yield template, word, "{}" if empty and nothing == "empty_prompt" else template, concept.anchor or ""
+
+
+def _fill(template: str, word: str) -> str:
+    """The prompt: the template with the word in its place."""
+    return " ".join(template.replace("{}", word).split())
+
+
+def _around(template: str) -> tuple[str, str]:
+    """What stands before and after the concept in a template."""
+    before, _, after = template.partition("{}")
+    return before.strip(), after.strip()
+
+
+def _encode(arch: Architecture, prompts: Sequence[str]) -> dict[str, Text]:
+    """Prompt -> its encoding (a batch of one), each distinct prompt encoded once."""
+    device = "cpu" if arch.device.type == "mps" else arch.device  # Metal has no float64
+    unique = list(dict.fromkeys(prompts))
+    texts = [arch.encode(unique[first : first + _BATCH]) for first in range(0, len(unique), _BATCH)]
+    text = Text.cat([Text(text.hidden.to(device), text.ids.cpu(), text.length.cpu()) for text in texts])
+    return {prompt: text[i : i + 1] for i, prompt in enumerate(unique)}
+
+
+def _place(encoded: dict[str, Text], template: str, word: str) -> Placed:
+    """Find the subject's rows: those that what stands before and after it in the template leaves over."""
+    text = encoded[_fill(template, word)]
+    before, after = (encoded[part] for part in _around(template))
+    start, eot = int(before.length) - 1, int(text.length) - 1
+    end = eot - (int(after.length) - 2)
+    same = torch.equal(text.ids[0, :start], before.ids[0, :start]) and torch.equal(text.ids[0, end:eot], after.ids[0, 1 : eot - end + 1])
+    if not same or (word.strip() and end <= start):
+        raise UserError(f"template {template!r} joins {word!r} to the words beside it; put spaces around the {{}}")
+    return Placed(text.hidden[0], start, end)
+
+
+def _pair(concept: Placed, anchor: Placed, choice: RowChoice) -> tuple[Tensor, Tensor]:
+    """One prompt's rows to move and where they go, both [n, d]."""
+    last, towards = concept.end - 1, anchor.end - 1
+    if choice == "last_subject":
+        return concept.hidden[last : last + 1], anchor.hidden[towards : towards + 1]
+    length = len(concept.hidden)
+    if choice == "tail_aligned":
+        n = length - max(last, towards)
+        return concept.hidden[last : last + n], anchor.hidden[towards : towards + n]
+    before = concept.hidden[1 : concept.start]
+    if concept.end - concept.start == anchor.end - anchor.start:
+        subject = torch.arange(anchor.start, anchor.end)
+    else:
+        subject = torch.full((concept.end - concept.start,), max(towards, anchor.start))
+    # The last padding rows repeat when the anchor is the longer one, so that no row is left without a target.
+    after = torch.arange(anchor.end, anchor.end + length - concept.end).clamp(max=length - 1)
+    return concept.hidden[1:], torch.cat([before, anchor.hidden[torch.cat([subject, after])]])

@@ -1,0 +1,210 @@
+"""The closed-form solver against a naive one that does what the papers' equations say, layer by layer, in float64."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from toolkit.errors import UserError
+from toolkit.solve import Change, closed_form, joint_weight, preimage
+
+
+@dataclass
+class Problem:
+    weights: list[Tensor]
+    source: Tensor
+    target: Tensor
+    keep: Tensor
+
+
+def problem(seed: int, width: int, n: int, m: int, outs: tuple[int, ...] = (7, 24)) -> Problem:
+    make = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(out, width, generator=make, dtype=torch.float64) / width**0.5 for out in outs]
+    return Problem(weights, *(torch.randn(rows, width, generator=make, dtype=torch.float64) for rows in (n, n, m)))
+
+
+def naive(weight: Tensor, p: Problem, a: float, b: float, lamb: float) -> Tensor:
+    """One layer's weight by the normal equations written out, row by row."""
+    left, right = lamb * weight, lamb * torch.eye(weight.shape[1], dtype=torch.float64)
+    for c, g in zip(p.source, p.target, strict=True):
+        left, right = left + a * torch.outer(weight @ g, c), right + a * torch.outer(c, c)
+    for k in p.keep:
+        left, right = left + b * torch.outer(weight @ k, k), right + b * torch.outer(k, k)
+    return left @ torch.linalg.inv(right)
+
+
+def objective(edited: Tensor, weight: Tensor, p: Problem, a: float, b: float, lamb: float) -> Tensor:
+    erase = (p.source @ edited.T - p.target @ weight.T).square().sum()
+    keep = (p.keep @ (edited - weight).T).square().sum()
+    return a * erase + b * keep + lamb * (edited - weight).square().sum()
+
+
+def relative(given: Tensor, wanted: Tensor) -> float:
+    return float((given - wanted).norm() / wanted.norm())
+
+
+def solve(p: Problem, a: float = 1.0, b: float = 1.0, lamb: float = 0.5) -> Change:
+    return closed_form(p.source, p.target, p.keep, erase_scale=a, preserve_scale=b, lamb=lamb)
+
+
+scale = st.floats(0.05, 20)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 999), st.integers(2, 20), st.integers(1, 30), st.integers(0, 30), scale, scale, scale)
+def test_is_the_minimiser_and_agrees_with_the_naive_solution(seed, width, n, m, a, b, lamb):
+    """Both systems (d x d and as wide as the rows) are reached: n + m lies on either side of the width."""
+    p = problem(seed, width, n, m)
+    change = solve(p, a, b, lamb)
+    for weight in p.weights:
+        edited = (weight @ change.matrix()).requires_grad_()
+        (gradient,) = torch.autograd.grad(objective(edited, weight, p, a, b, lamb), edited)
+        at_start = weight.clone().requires_grad_()
+        (gradient_at_start,) = torch.autograd.grad(objective(at_start, weight, p, a, b, lamb), at_start)
+        assert gradient.norm() <= 1e-8 * gradient_at_start.norm()
+        assert relative(edited.detach() - weight, naive(weight, p, a, b, lamb) - weight) <= 1e-6
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 60), (400, 500)])
+def test_agrees_with_the_naive_solution_at_the_size_of_sd1(n, m):
+    """768 wide rows whose norm is that of CLIP's (about 28), with a strong common direction as BOS and padding have."""
+    p = problem(1, 768, n, m, outs=(96, 320))
+    for rows in (p.source, p.target, p.keep):
+        rows[:, 0] += 20
+    change = solve(p)
+    for weight in p.weights:
+        assert relative(weight @ change.u @ change.v, naive(weight, p, 1.0, 1.0, 0.5) - weight) <= 1e-6
+
+
+def test_float32_rows_are_solved_in_float64():
+    p = problem(2, 12, 5, 9)
+    rough = Problem(p.weights, p.source.float(), p.target.float(), p.keep.float())
+    exact = Problem(p.weights, rough.source.double(), rough.target.double(), rough.keep.double())
+    assert torch.equal(solve(rough).matrix(), solve(exact).matrix())
+
+
+def test_many_kept_rows_are_summed_in_blocks(monkeypatch):
+    p = problem(3, 6, 4, 50)
+    whole = solve(p).matrix()
+    monkeypatch.setattr("toolkit.solve._BLOCK", 7)
+    torch.testing.assert_close(solve(p).matrix(), whole, rtol=1e-10, atol=1e-12)
+
+
+def test_kept_rows_stay_as_their_weight_grows():
+    p = problem(4, 16, 3, 5)
+    drift = [float((p.keep @ (solve(p, b=b).matrix().T - torch.eye(16))).norm()) for b in (0.1, 1e2, 1e5, 1e8)]
+    assert drift == sorted(drift, reverse=True) and drift[0] > 1e-2 and drift[-1] < 1e-7
+
+
+def test_a_large_lamb_leaves_the_weights_alone():
+    p = problem(5, 16, 3, 5)
+    identity = torch.eye(16, dtype=torch.float64)
+    sizes = [float((solve(p, lamb=lamb).matrix() - identity).norm()) for lamb in (1, 1e3, 1e6, 1e9)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 1e-6
+
+
+@pytest.mark.parametrize("lamb", [1e-9, 0.0])
+def test_independent_rows_reach_their_target_as_lamb_goes_to_zero(lamb):
+    p = problem(6, 16, 4, 6)
+    matrix = solve(p, lamb=lamb).matrix()
+    assert relative(p.source @ matrix.T, p.target) < 1e-7
+    assert relative(p.keep @ matrix.T, p.keep) < 1e-7
+
+
+@pytest.mark.parametrize(("n", "width"), [(3, 20), (20, 8)])
+def test_rank_is_at_most_the_edited_rows(n, width):
+    change = solve(problem(7, width, n, 40))
+    assert torch.linalg.matrix_rank(change.u @ change.v) == min(n, width) >= change.compressed().rank
+
+
+def test_compressing_drops_only_what_is_zero():
+    p = problem(8, 20, 6, 4)
+    p.target[1] = p.source[1]  # a row that stays
+    p.source[3], p.target[3] = p.source[2], p.target[2]  # a row given twice
+    change = solve(p)
+    small = change.compressed()
+    assert (change.rank, small.rank) == (6, 4)
+    torch.testing.assert_close(small.matrix(), change.matrix(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(small.u.T @ small.u, small.v @ small.v.T, rtol=1e-9, atol=1e-9)
+
+
+def test_order_of_rows_does_not_matter():
+    p = problem(9, 10, 6, 8)
+    other = Problem(p.weights, p.source.flip(0), p.target.flip(0), p.keep.flip(0))
+    torch.testing.assert_close(solve(p).matrix(), solve(other).matrix(), rtol=1e-10, atol=1e-12)
+
+
+def test_weighing_a_row_twice_is_giving_it_twice():
+    p = problem(10, 10, 3, 4)
+    twice = Problem(p.weights, torch.cat([p.source] * 2), torch.cat([p.target] * 2), torch.cat([p.keep] * 2))
+    torch.testing.assert_close(solve(twice).matrix(), solve(p, a=2, b=2).matrix(), rtol=1e-10, atol=1e-12)
+
+
+def test_then_composes_exactly():
+    p, q = problem(11, 9, 3, 2), problem(12, 9, 4, 2)
+    first, second = solve(p), solve(q)
+    both = first.then(second)
+    torch.testing.assert_close(both.matrix(), first.matrix() @ second.matrix(), rtol=1e-12, atol=1e-12)
+    assert both.rank == first.rank + second.rank
+
+
+@pytest.mark.parametrize("width", [4, 30])
+def test_a_singular_system_says_its_condition_and_the_cure(width):
+    p = problem(13, width, 2, 3)
+    p.source[1] = p.source[0]
+    p.keep[:] = p.keep[0]
+    with pytest.raises(UserError, match=r"condition number (inf|[1-9.]+e\+\d\d)\); raise uce_lamb \(now 0\)$"):
+        closed_form(p.source, p.target, p.keep, lamb=0.0, option="uce_lamb")
+    closed_form(p.source, p.target, p.keep, lamb=1e-3)
+
+
+@pytest.mark.parametrize(
+    "scales", [{"erase_scale": 0.0}, {"erase_scale": -1.0}, {"preserve_scale": -0.1}, {"lamb": -1.0}, {"lamb": float("nan")}]
+)
+def test_bad_weights_are_refused_by_name(scales):
+    p = problem(14, 6, 2, 3)
+    with pytest.raises(UserError, match=f"^{next(iter(scales))} is "):
+        closed_form(p.source, p.target, p.keep, **scales)
+
+
+def test_rows_that_are_not_finite_are_refused():
+    p = problem(15, 6, 2, 3)
+    p.keep[1, 2] = float("inf")
+    with pytest.raises(UserError, match="not finite"):
+        solve(p)
+
+
+@pytest.mark.parametrize("reg", [1e-6, 0.1, 3.0])
+def test_preimage_is_the_ridge_least_squares_solution(reg):
+    """Against lstsq on the stacked system [W; sqrt(reg) I] c' = [W0 c; 0], and by its gradient."""
+    p = problem(16, 10, 4, 3, outs=(7, 12, 5))
+    edited = [weight @ solve(p).matrix() for weight in p.weights]
+    found = preimage(edited, p.weights, p.source, reg)
+    stacked = torch.cat([*edited, reg**0.5 * torch.eye(10, dtype=torch.float64)])
+    right = torch.cat([torch.cat(p.weights) @ p.source.T, torch.zeros(10, 4, dtype=torch.float64)])
+    assert relative(found, torch.linalg.lstsq(stacked, right).solution.T) <= 1e-9
+    residual = sum((found @ w.T - p.source @ w0.T) @ w for w, w0 in zip(edited, p.weights, strict=True))
+    assert (residual + reg * found).norm() <= 1e-8 * sum((p.source @ w0.T @ w).norm() for w, w0 in zip(edited, p.weights, strict=True))
+
+
+def test_preimage_under_unchanged_weights_is_the_row_itself():
+    p = problem(17, 10, 4, 3)
+    torch.testing.assert_close(preimage(p.weights, p.weights, p.source, 0.0), p.source, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("outs", [(7, 12, 5), (4, 3)])
+def test_one_joint_weight_stands_for_all_layers(outs):
+    p = problem(18, 10, 4, 3, outs=outs)
+    joint, matrix = joint_weight(p.weights), solve(p).matrix()
+    torch.testing.assert_close(joint.T @ joint, sum(w.T @ w for w in p.weights), rtol=1e-10, atol=1e-10)
+    layers = preimage([weight @ matrix for weight in p.weights], p.weights, p.source, 0.1)
+    torch.testing.assert_close(preimage([joint @ matrix], [joint], p.source, 0.1), layers, rtol=1e-8, atol=1e-8)
+
+
+def test_preimage_without_ridge_of_a_narrow_model_says_the_cure():
+    p = problem(19, 10, 4, 3, outs=(4,))
+    with pytest.raises(UserError, match=r"singular.*raise reg \(now 0\)"):
+        preimage(p.weights, p.weights, p.source, 0.0)

@@ -1,0 +1,157 @@
+"""What the commands of every room share: the options for a model and its edits, settings, and the files of a result.
+
+A command is a module with `HELP` (one line), `add_arguments(parser)` and `run(args) -> dict`; the dict is what `--json`
+prints. Its heavy imports are inside `run`, so that `--help` and a mistake in the options answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit import registry
+from toolkit.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from toolkit.concepts import Task
+    from toolkit.edits.base import Edit
+    from toolkit.method import Method
+    from toolkit.model import Model
+
+MODEL_HELP = "diffusers folder, hub id, or emoji-sd (default)"
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """`--model` and `--edit`, for `open_model`."""
+    parser.add_argument("--model", default="emoji-sd", help=MODEL_HELP)
+    parser.add_argument("--edit", nargs="+", action="extend", default=[], metavar="FILE[@SCALE]", help="edits to attach, in order")
+
+
+def add_fit_arguments(parser: ArgumentParser) -> None:
+    """The options of every command that fits an edit, for `fit_and_save`."""
+    add_model_arguments(parser)
+    parser.add_argument("--method", required=True, metavar="NAME", help="see: palimpsest methods")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="K=V", help="options of the method")
+    parser.add_argument("--export", metavar="FORMAT", help="also write the edit in this format, see: palimpsest export --help")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
+
+
+def open_model(args: Namespace) -> Model:
+    """The model that `--model`, `--device`, `--dtype`, `--offload` and `--strict` ask for, with every `--edit` attached."""
+    import torch
+
+    from toolkit.model import load_model
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); give --device cpu") from None
+    if args.offload and torch.device(device).type == "cpu":
+        raise UserError("--offload moves parts between the CPU and an accelerator, and the device is cpu; leave it out")
+    edits = [open_edit(written) for written in args.edit]
+    model = load_model(args.model, device="cpu" if args.offload else device, dtype=args.dtype, strict=args.strict)
+    for edit, scale in edits:
+        model.attach(edit, scale)
+    if args.offload:
+        model.arch.pipe.enable_model_cpu_offload(device=device)
+    return model
+
+
+def open_edit(written: str) -> tuple[Edit, float]:
+    """The edit and scale of FILE[@SCALE]; FILE may be the folder that a command wrote."""
+    from toolkit.io.files import load_edit
+
+    name, number, scale = written, "", 1.0
+    if not Path(written).exists() and "@" in written:
+        name, _, number = written.rpartition("@")
+        try:
+            scale = float(number)
+        except ValueError:
+            raise UserError(f"edit {written!r} has the scale {number!r}, needs a number; write FILE@0.5") from None
+    edit = load_edit(name)
+    if scale != 1.0 and (rigid := [part.kind() for part, _ in edit.parts() if not part.scalable]):
+        raise UserError(f"edit {written!r} holds a {rigid[0]} edit, which cannot be scaled; leave @{number} out")
+    return edit, scale
+
+
+def open_method(kind: str, name: str, settings: list[str]) -> Method:
+    """The method called `name` with its `--set` options; it must be of this kind ("erase", "customize")."""
+    method = registry.load("method", name)
+    if method.kind != kind:
+        raise UserError(f"{name} is a method to {method.kind}, not to {kind}; give one of: {', '.join(_methods_of(kind))}")
+    return method.from_config(pairs(settings, "--set"))
+
+
+def pairs(written: list[str], option: str) -> dict[str, str]:
+    """K=V words as a dict."""
+    for word in written:
+        if word.find("=") < 1:
+            raise UserError(f"{option} {word!r} is not of the form K=V; write for example {option} name=value")
+    return dict(word.split("=", 1) for word in written)
+
+
+def per_name(written: list[str], names: list[str], option: str) -> dict[str, str]:
+    """Values given per name. `NAME=VALUE` words go to that name; plain words go to the only name there is."""
+    given: dict[str, str] = {}
+    for word in written:
+        name, equals, value = word.partition("=")
+        if not equals:
+            if len(names) > 1:
+                raise UserError(f"{option} {word!r} is for one of {', '.join(names)}, which is not said; write {option} {names[0]}={word}")
+            name, value = names[0], word
+        if name not in names:
+            raise unknown(f"concept in {option}", name, names)
+        given[name] = f"{given[name]},{value}" if name in given else value
+    return given
+
+
+def check_format(name: str) -> None:
+    """Whether there is an export format of this name, before any work is done."""
+    from toolkit.io.export import FORMATS
+
+    if name not in FORMATS:
+        raise unknown("export format", name, FORMATS)
+
+
+def fit_and_save(args: Namespace, method: Method, task: Task, out: Path) -> dict[str, Any]:
+    """Fit the method to the model and write edit.safetensors, config.json and result.json into `out`.
+
+    With `--export FORMAT`, also the folder FORMAT in it.
+    """
+    from toolkit.runs import timed
+
+    if args.export:
+        check_format(args.export)
+    model = open_model(args)
+    if model.arch.name not in method.architectures:
+        known = ", ".join(method.architectures)
+        raise UserError(f"{args.method} does not work on {model.arch.name} models, only on {known}; give another --method or --model")
+    with timed() as cost:
+        edit = method.fit(model, task)
+    config = {"method": args.method, "config": method.config(), "model": args.model, "edits": args.edit, "task": dataclasses.asdict(task)}
+    result = save_result(out, edit, config, dataclasses.asdict(cost))
+    if args.export:
+        from toolkit.io.export import export
+
+        result["export"] = [str(file) for file in export(edit, args.export, out / args.export, model)]
+    return result
+
+
+def save_result(out: Path, edit: Edit, config: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """Write the edit, what made it, and what it cost. Returns what result.json holds."""
+    from toolkit.io.files import FILE_NAME, save_edit
+    from toolkit.runs import write_json
+
+    path = save_edit(edit, out / FILE_NAME)
+    result = {"edit": str(path), **{key: config[key] for key in ("method", "config") if key in config}, **measured}
+    result["edit_bytes"] = path.stat().st_size
+    write_json(out / "config.json", config)
+    write_json(out / "result.json", result)
+    return result
+
+
+def _methods_of(kind: str) -> list[str]:
+    return [name for name in registry.names("method") if registry.load("method", name).kind == kind]

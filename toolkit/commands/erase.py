@@ -1,0 +1,49 @@
+"""palimpsest erase: fit an edit that removes concepts."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from toolkit.commands import add_fit_arguments, fit_and_save, open_method, per_name
+from toolkit.concepts import Concept, EraseTask
+
+HELP = "fit an edit that erases concepts from a model"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_fit_arguments(parser)
+    parser.add_argument("--concept", nargs="+", action="extend", required=True, metavar="C", help="what to erase")
+    parser.add_argument("--synonyms", nargs="+", action="extend", default=[], metavar="S", help="other words: gun, or C=gun,revolver")
+    parser.add_argument("--anchor", nargs="+", action="extend", default=[], metavar="A", help="what to draw instead: A, or C=A")
+    parser.add_argument("--preserve", nargs="+", action="extend", default=[], metavar="P", help="what must stay as it is")
+    parser.add_argument("--style", action="store_true", help="the concepts are styles, not objects")
+    parser.add_argument("--template", nargs="+", action="extend", default=[], metavar="T", help="prompt templates with {} for the concept")
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Writes edit.safetensors, config.json and result.json. Gives `edit`, `method`, `config`, the cost and `edit_bytes`."""
+    from toolkit.runs import check_writable
+
+    method = open_method("erase", args.method, args.set)
+    task = EraseTask(concepts(args), tuple(args.preserve), tuple(args.template))
+    return fit_and_save(args, method, task, check_writable(args.out))
+
+
+def concepts(args: Namespace) -> tuple[Concept, ...]:
+    """The concepts that --concept, --synonyms, --anchor and --style describe. Plain --anchor is for all of them."""
+    names = list(dict.fromkeys(args.concept))
+    synonyms = per_name(args.synonyms, names, "--synonyms")
+    if len(args.anchor) == 1 and "=" not in args.anchor[0]:
+        anchors = dict.fromkeys(names, args.anchor[0])
+    else:
+        anchors = per_name(args.anchor, names, "--anchor")
+    return tuple(
+        Concept(
+            name,
+            synonyms=tuple(word.strip() for word in synonyms[name].split(",")) if name in synonyms else (),
+            anchor=anchors.get(name),
+            kind="style" if args.style else "object",
+        )
+        for name in names
+    )

@@ -1,0 +1,34 @@
+"""palimpsest export: an edit in the formats that other people's tools load."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from toolkit.commands import MODEL_HELP, check_format, open_edit, open_model
+
+HELP = "write an edit as a LoRA, an embedding, plain deltas or a checkpoint"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("edit_file", metavar="EDIT", help="FILE[@SCALE]")
+    parser.add_argument("--format", required=True, metavar="FORMAT", help="diffusers-lora, embedding, delta or checkpoint")
+    parser.add_argument("--model", default="emoji-sd", help=MODEL_HELP)
+    parser.add_argument("--out", required=True, metavar="PATH", help="folder to write into, or a .safetensors file")
+    parser.set_defaults(edit=[])
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Gives `format` and the `files` (for a checkpoint, the folder) that were written."""
+    from toolkit.edits.chain import Chain
+    from toolkit.io.export import export
+    from toolkit.runs import check_writable
+
+    check_format(args.format)
+    edit, scale = open_edit(args.edit_file)
+    path = Path(args.out)
+    check_writable(path.parent if path.suffix == ".safetensors" or args.format == "checkpoint" else path)
+    model = None if args.format == "embedding" else open_model(args)
+    files = export(edit if scale == 1.0 else Chain.of([edit], [scale]), args.format, path, model)
+    return {"format": args.format, "files": [str(file) for file in files]}

@@ -1,0 +1,116 @@
+"""What a user asks for: concepts, and the tasks that methods are fitted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from toolkit.errors import UserError
+
+if TYPE_CHECKING:
+    from toolkit.edits.base import Edit
+
+OBJECT_TEMPLATES = ("{}", "a {}", "a photo of a {}", "a {} on a plain background", "a picture of a {}")
+STYLE_TEMPLATES = ("{}", "{} style", "in {} style", "a picture in {} style", "an object in {} style")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Something a prompt can name.
+
+    name: the words that stand for it in a prompt. synonyms: other words for the same thing, treated as coreferents.
+    anchor: the words it should turn into when erased; None means nothing (the empty prompt).
+    kind: "object" or "style", which decides the templates it is put into.
+    """
+
+    name: str
+    synonyms: tuple[str, ...] = ()
+    anchor: str | None = None
+    kind: Literal["object", "style"] = "object"
+
+    def __post_init__(self) -> None:
+        for words in (self.name, *self.synonyms):
+            if not words.strip():
+                raise UserError(f"empty concept {words!r}; give the words that name it in a prompt")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The name and every synonym."""
+        return (self.name, *self.synonyms)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Prompt templates with one `{}` for a concept of this kind."""
+        return STYLE_TEMPLATES if self.kind == "style" else OBJECT_TEMPLATES
+
+
+@dataclass(frozen=True)
+class EraseTask:
+    """Make a model unable to draw `concepts` while what `preserve` names stays as it is.
+
+    templates: prompt templates with one `{}`; empty means each concept's own.
+    """
+
+    concepts: tuple[Concept, ...]
+    preserve: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.concepts:
+            raise UserError("no concept given; name at least one to erase")
+        for template in self.templates:
+            if "{}" not in template:
+                raise UserError(f"template {template!r} has no place for the concept; write {{}} where its name goes")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A personal concept to learn from pictures.
+
+    token: the new word for it in prompts, e.g. "<toy>". class_name: what it is, e.g. "dog".
+    images: picture files. masks: one mask file per picture, white on the subject, or empty.
+    captions: one prompt per picture that contains the token, or empty to use templates.
+    """
+
+    token: str
+    class_name: str
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...] = ()
+    captions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.token.strip() or " " in self.token:
+            raise UserError(f"token {self.token!r} is not one word; give a word without spaces such as '<toy>'")
+        if not self.images:
+            raise UserError(f"no images given for {self.token}; give at least one picture of it")
+        for name, given in (("masks", self.masks), ("captions", self.captions)):
+            if given and len(given) != len(self.images):
+                raise UserError(f"{len(given)} {name} for {len(self.images)} images of {self.token}; give one per image")
+        for caption in self.captions:
+            if self.token not in caption:
+                raise UserError(f"caption {caption!r} does not contain {self.token}; put the token where the subject is named")
+
+
+@dataclass(frozen=True)
+class CustomizeTask:
+    """Learn new subjects from pictures."""
+
+    subjects: tuple[Subject, ...]
+
+    def __post_init__(self) -> None:
+        if not self.subjects:
+            raise UserError("no subject given; give a token, a class name and images")
+        tokens = [subject.token for subject in self.subjects]
+        if len(set(tokens)) < len(tokens):
+            raise UserError(f"the tokens {', '.join(tokens)} are not distinct; give each subject its own")
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """Make one edit out of several."""
+
+    edits: tuple[Edit, ...]
+
+
+Task = EraseTask | CustomizeTask | MergeTask

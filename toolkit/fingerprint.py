@@ -1,0 +1,46 @@
+"""What tells one base model from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from toolkit.arch.base import Architecture
+
+SAMPLES = 256  # values looked at in each parameter
+
+
+def fingerprint(arch: Architecture) -> dict[str, str]:
+    """What identifies the weights that edits may change (all but the image decoder's).
+
+    architecture; shapes: a hash of all parameter names and shapes; dtype of the denoiser; weights: a hash of a strided
+    sample of each parameter; signs: one of the sample's signs alone, which survive rounding to another dtype.
+    """
+    shapes, weights, signs = (hashlib.blake2b(digest_size=16) for _ in range(3))
+    for component, module in sorted(arch.components().items()):
+        if component == "vae":
+            continue
+        for name, parameter in module.named_parameters():
+            shapes.update(f"{component}.{name} {tuple(parameter.shape)}\n".encode())
+            values = parameter.detach().flatten()
+            sample = values[:: max(1, len(values) // SAMPLES)].cpu().contiguous()
+            weights.update(sample.view(torch.uint8).numpy().tobytes())
+            signs.update(np.packbits(torch.signbit(sample).numpy()).tobytes())
+    return {
+        "architecture": arch.name,
+        "shapes": shapes.hexdigest(),
+        "dtype": str(arch.dtype).removeprefix("torch."),
+        "weights": weights.hexdigest(),
+        "signs": signs.hexdigest(),
+    }
+
+
+def same_base(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two fingerprints are of one base model, which may be rounded differently. An unknown one passes."""
+    if not one or not other:
+        return True
+    weights = "weights" if one.get("dtype") == other.get("dtype") else "signs"
+    return all(one.get(key) == other.get(key) for key in ("architecture", "shapes", weights))

@@ -1,0 +1,1 @@
+"""Edit files, and other people's formats."""

@@ -1,0 +1,113 @@
+"""What every run needs: reproducible noise, a progress bar, safe writing, and what it cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from toolkit.errors import UserError
+
+
+def seeded(*key: str | int) -> torch.Generator:
+    """A CPU generator that depends on the key alone: not on the process, the machine, or the order of calls."""
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, shown on a terminal only. Yields a function to call with (done, total)."""
+    with tqdm(desc=title, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Make the folder if it is not there and try to write into it, before any work is done. Failing is a UserError."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except FileExistsError:
+        raise UserError(f"{folder} is a file, need a folder to write into; give another --out") from None
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}); give a folder that you may write to") from None
+    return folder
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file name beside `path` to write to; at the end of the block it takes the place of `path`.
+
+    A reader sees the old file or the complete new one, never a part; when the block raises, the old one stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> Path:
+    """Write a whole file by `replacing` it. Text is UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    return Path(path)
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a JSON file atomically. Paths are written as text."""
+    return write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+@dataclass
+class Cost:
+    """Wall-clock seconds, and the peak memory in MiB (of the GPU when one was used, else of the whole process so far)."""
+
+    seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+
+
+@contextmanager
+def timed() -> Iterator[Cost]:
+    """Measures the block: the yielded Cost is filled in at its end."""
+    cost, start = Cost(), time.perf_counter()
+    on_gpu = torch.cuda.is_initialized()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    yield cost
+    cost.seconds = round(time.perf_counter() - start, 3)
+    cost.peak_memory_mb = round((torch.cuda.max_memory_allocated() if on_gpu else _peak_of_process()) / 2**20, 1)
+
+
+def _peak_of_process() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts ru_maxrss in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,201 @@
+"""The sampler: one deterministic loop that drives every architecture, with hooks.
+
+The initial noise of an image depends on its prompt and its seed only, so the same pair gives the same image (up to
+floating-point rounding) at any batch size, position or process, and the same noise for a model and its edited version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.arch.base import Text
+from toolkit.errors import UserError
+from toolkit.images import to_pil
+from toolkit.runs import seeded
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from toolkit.model import Model
+
+
+@dataclass
+class State:
+    """One batch of n images while it is sampled. Hooks read it and may replace any of its fields.
+
+    texts: condition -> encoded prompts (n rows each): "prompt", "negative" under guidance, and what hooks add; all are
+    predicted in one call, in this order. guidance [n, 1, 1, 1]: classifier-free guidance scale. latents [n, c, h', w']
+    float32; t: the timestep; step: its index, out of steps. outputs: condition -> denoiser output; output: the guided one.
+    """
+
+    model: Model
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    texts: dict[str, Text]
+    guidance: Tensor
+    latents: Tensor
+    steps: int
+    step: int = 0
+    t: Tensor = field(default_factory=lambda: torch.zeros(()))
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    output: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timestep for every image [n]."""
+        return self.t.expand(len(self.latents)).to(self.latents.device)
+
+    def to_eps(self, output: Tensor) -> Tensor:
+        """The noise that a denoiser output implies here, for hooks that are stated in noise."""
+        return self.model.arch.to_eps(output, self.latents, self.timesteps)
+
+    def to_x0(self, output: Tensor) -> Tensor:
+        """The clean latents that a denoiser output implies here."""
+        return self.model.arch.to_x0(output, self.latents, self.timesteps)
+
+
+class Hook:
+    """Changes what sampling does. Override what you need."""
+
+    def on_prompt(self, state: State) -> None:
+        """Before the first step: `state.texts`, `guidance` and the initial `latents` are set."""
+
+    def on_attention(self, state: State, site: str, attention: nn.Module, output: Tensor) -> Tensor | None:
+        """After an attention module of `arch.attention_sites()`, with its output [conditions * n, tokens, d].
+
+        Returns what replaces the output, or None. Called only for hooks that override it.
+        """
+
+    def on_prediction(self, state: State) -> None:
+        """After the denoiser: `state.outputs` and the guided `state.output` are set."""
+
+    def on_step(self, state: State) -> None:
+        """After the scheduler's step: `state.latents` are the next ones."""
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 20,
+    guidance: float = 5.0,
+    negative: str = "",
+    hooks: Sequence[Hook] = (),
+    batch_size: int | None = None,
+    size: int | tuple[int, int] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    amp: bool = False,
+) -> Tensor:
+    """Images [n, 3, h, w] in [0, 1], float32 on the CPU: one for each prompt with its seed.
+
+    guidance: classifier-free guidance scale; 1 skips the second prediction and ignores `negative`. batch_size: images at
+    once; None is 64, and fewer above 128 pixels. size: pixels, a side or (height, width); None is the model's own.
+    progress: called with (image steps done, in total) after every step. amp: bfloat16 autocast around the denoiser and
+    the decoder.
+    """
+    if len(prompts) != len(seeds):
+        raise UserError(f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt")
+    arch = model.arch
+    height, width = (size, size) if isinstance(size, int) else size or (arch.image_size, arch.image_size)
+    batch_size = batch_size or max(1, min(64, 2**20 // (height * width)))
+    guided = guidance != 1.0
+    rows, text = _encode_once(model, [*prompts, negative] if guided else prompts, batch_size)
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        count = len(prompts[part])
+        texts = {"prompt": text[rows[part]]}
+        if guided:
+            texts["negative"] = text[rows[-1:].expand(count)]
+        scheduler = arch.scheduler(steps)  # multistep schedulers keep a history, so each batch has its own
+        state = State(
+            model=model,
+            prompts=prompts[part],
+            seeds=seeds[part],
+            texts=texts,
+            guidance=torch.full((count, 1, 1, 1), float(guidance), device=arch.device),
+            latents=noise(prompts[part], seeds[part], arch.latent_shape(height, width)).to(arch.device) * scheduler.init_noise_sigma,
+            steps=steps,
+        )
+        for hook in hooks:
+            hook.on_prompt(state)
+        with _attention_hooks(state, hooks):
+            for step, t in enumerate(scheduler.timesteps):
+                state.step, state.t = step, t
+                _advance(state, scheduler, hooks, amp)
+                if progress:
+                    progress(start * steps + (step + 1) * count, len(prompts) * steps)
+        with _autocast(state, amp):
+            pixels = arch.decode_latents(state.latents)
+        parts.append((pixels.float() / 2 + 0.5).clamp(0, 1).cpu())
+    return torch.cat(parts) if parts else torch.zeros(0, 3, height, width)
+
+
+def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
+    """`sample` as PIL images; takes the same options."""
+    return to_pil(sample(model, prompts, seeds, **options))
+
+
+def noise(prompts: Sequence[str], seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise [n, *shape] float32 on the CPU, each row keyed by its prompt and seed only."""
+    return torch.stack([torch.randn(*shape, generator=seeded(p, s)) for p, s in zip(prompts, seeds, strict=True)])
+
+
+def _encode_once(model: Model, prompts: Sequence[str], batch_size: int) -> tuple[Tensor, Text]:
+    """Encodes each distinct prompt once. Returns the row of each given prompt, and the encoded distinct prompts."""
+    distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    unique = list(distinct)
+    text = Text.cat([model.arch.encode(unique[i : i + batch_size]) for i in range(0, len(unique), batch_size)])
+    return torch.tensor([distinct[prompt] for prompt in prompts]), text
+
+
+def _advance(state: State, scheduler: Any, hooks: Sequence[Hook], amp: bool) -> None:
+    """One step: predict every condition, guide, let the scheduler step."""
+    state.outputs = _predict(state, scheduler, amp)
+    state.output = state.outputs["prompt"]
+    if "negative" in state.outputs:
+        negative = state.outputs["negative"]
+        state.output = negative + state.guidance * (state.output - negative)
+    for hook in hooks:
+        hook.on_prediction(state)
+    state.latents = scheduler.step(state.output, state.t, state.latents).prev_sample
+    for hook in hooks:
+        hook.on_step(state)
+
+
+def _predict(state: State, scheduler: Any, amp: bool) -> dict[str, Tensor]:
+    """The denoiser's output for every condition, in one batched call."""
+    arch, count = state.model.arch, len(state.texts)
+    latents = scheduler.scale_model_input(state.latents, state.t).repeat(count, 1, 1, 1)
+    with _autocast(state, amp):
+        output = arch.predict(latents, state.timesteps.repeat(count), Text.cat(list(state.texts.values())))
+    return dict(zip(state.texts, output.to(state.latents).chunk(count), strict=True))
+
+
+def _autocast(state: State, amp: bool) -> torch.autocast:
+    return torch.autocast(state.latents.device.type, torch.bfloat16, enabled=amp)
+
+
+@contextmanager
+def _attention_hooks(state: State, hooks: Sequence[Hook]) -> Iterator[None]:
+    """Forward hooks on the attention modules while the batch runs, for those hooks that override `on_attention`."""
+    with ExitStack() as registered:
+        for hook in hooks:
+            if type(hook).on_attention is Hook.on_attention:
+                continue
+            for site, module in state.model.arch.attention_sites().items():
+
+                def after(module: nn.Module, _: Any, output: Tensor, hook: Hook = hook, site: str = site) -> Tensor | None:
+                    return hook.on_attention(state, site, module, output)
+
+                handle = module.register_forward_hook(after)
+                registered.callback(handle.remove)
+        yield

@@ -1,0 +1,148 @@
+"""The closed-form weight editor, for all layers that read the text encoder at once.
+
+Row convention: text embeddings are rows, so `source` is [n, d] for n token embeddings of width d, while the papers
+write them as columns. A layer's weight W0 is [o, d] as in torch.nn.Linear. Everything is computed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import UserError
+
+_BLOCK = 4096  # rows turned to float64 at a time
+_SINGULAR = 1e-13  # reciprocal condition number below which float64 leaves the solution no reliable digits
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the text embeddings, x -> (I + D) x with D = U V: every layer's weight becomes W0 (I + D).
+
+    u: [d, r]. v: [r, d]. Both float64.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r, the number of columns of U; the rank of D is at most this."""
+        return self.u.shape[1]
+
+    def matrix(self) -> Tensor:
+        """I + D [d, d]."""
+        return torch.eye(len(self.u), dtype=self.u.dtype, device=self.u.device) + self.u @ self.v
+
+    def then(self, later: Change) -> Change:
+        """Both changes, `later` fitted to the weights that this one gave: (I + D)(I + D') - I, exactly."""
+        return Change(torch.cat([self.u, later.u + self.u @ (self.v @ later.u)], 1), torch.cat([self.v, later.v]))
+
+    def compressed(self, tolerance: float = 1e-12) -> Change:
+        """The same D without the directions that are below `tolerance` of its largest singular value.
+
+        U and V come back with orthogonal columns and rows of equal scale, so that rounding them to float32 costs D no
+        more than rounding D itself would.
+        """
+        left, core_left = torch.linalg.qr(self.u)
+        right, core_right = torch.linalg.qr(self.v.T)
+        a, sigma, b = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
+        kept = sigma > tolerance * sigma.max()
+        root = sigma[kept].sqrt()
+        return Change(left @ a[:, kept] * root, root[:, None] * (b[kept] @ right.T))
+
+
+def closed_form(
+    source: Tensor,
+    target: Tensor,
+    keep: Tensor,
+    *,
+    erase_scale: float = 1.0,
+    preserve_scale: float = 1.0,
+    lamb: float = 0.5,
+    option: str = "lamb",
+) -> Change:
+    """The D that minimises, for every weight W0 at once,
+
+        a sum_i ||W0 (I + D) c_i - W0 g_i||^2 + p sum_j ||W0 D k_j||^2 + lamb ||W0 D||_F^2,
+
+    which is D = [a sum_i (g_i - c_i) c_i^T] (lamb I + a sum_i c_i c_i^T + p sum_j k_j k_j^T)^{-1}, independent of W0.
+    The system is d x d, or as wide as there are rows when these are fewer than d (the push-through identity).
+
+    source c: [n, d]. target g: [n, d]. keep k: [m, d], m may be 0. erase_scale a > 0, preserve_scale p >= 0.
+    option: what the user calls `lamb`, for the error that a singular system gives.
+    Returns U = (g - c)^T [d, n] and V [n, d]; their rank is at most n.
+    Source: UCE (arXiv 2308.14761), equation 7, with v_i = W0 g_i.
+    """
+    if not 0 < erase_scale < float("inf"):
+        raise UserError(f"erase_scale is {erase_scale}, needs a number above 0; give such a weight")
+    for name, value in (("preserve_scale", preserve_scale), (option, lamb)):
+        if not 0 <= value < float("inf"):
+            raise UserError(f"{name} is {value}, needs a number of at least 0; give such a weight")
+    n, width = source.shape
+    source, target = source.double(), target.double()
+    if not preserve_scale:
+        keep = keep[:0]
+    cure = f"raise {option} (now {lamb:g})"
+    if n + len(keep) < width:
+        rows = torch.cat([erase_scale**0.5 * source, preserve_scale**0.5 * keep.double()])
+        v = erase_scale**0.5 * _solve(_ridge(rows @ rows.T, lamb), rows, cure)[:n]
+    else:
+        system = erase_scale * _second_moment(source) + preserve_scale * _second_moment(keep)
+        v = erase_scale * _solve(_ridge(system, lamb), source.T, cure).T
+    return Change((target - source).T, v)
+
+
+def preimage(weights: Iterable[Tensor], originals: Iterable[Tensor], rows: Tensor, reg: float) -> Tensor:
+    """Embeddings that make the edited layers answer as the original ones did to `rows`: for each row c the minimiser of
+
+        sum_l ||W_l c' - W0_l c||^2 + reg ||c'||^2,   c' = (reg I + sum_l W_l^T W_l)^{-1} (sum_l W_l^T W0_l) c.
+
+    weights W_l, originals W0_l: [o_l, d]. rows: [n, d]. Returns [n, d], float64. Source: RECE (arXiv 2407.12383).
+    """
+    width = rows.shape[1]
+    system, mixed = (torch.zeros(width, width, dtype=torch.float64, device=rows.device) for _ in range(2))
+    for weight, original in zip(weights, originals, strict=True):
+        system += weight.double().T @ weight.double()
+        mixed += weight.double().T @ original.double()
+    return _solve(_ridge(system, reg), mixed @ rows.double().T, f"raise reg (now {reg:g})").T
+
+
+def joint_weight(weights: Iterable[Tensor]) -> Tensor:
+    """One H [d, d] that stands for all layers in a least-squares problem: H^T H = sum_l W_l^T W_l.
+
+    When every layer is W0_l T with the same T, sum_l ||W_l x - W0_l c||^2 = ||H T x - H c||^2.
+    """
+    values, vectors = torch.linalg.eigh(sum(_second_moment(weight) for weight in weights))
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+def _second_moment(rows: Tensor) -> Tensor:
+    """sum_i x_i x_i^T [d, d] in float64, without a float64 copy of all rows."""
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for block in rows.split(_BLOCK):
+        total.addmm_(block.double().T, block.double())
+    return total
+
+
+def _ridge(system: Tensor, lamb: float) -> Tensor:
+    """system + lamb I, in place."""
+    system.diagonal().add_(lamb)
+    return system
+
+
+def _solve(system: Tensor, right: Tensor, cure: str) -> Tensor:
+    """system^{-1} right for a symmetric positive definite system; a singular one is a UserError that says `cure`."""
+    if not system.isfinite().all():
+        raise UserError("the text embeddings or weights are not finite numbers; load the model in float32")
+    factor, failed = torch.linalg.cholesky_ex(system)
+    pivots = factor.diagonal()
+    # The squared ratio of the pivots bounds the condition number from below and costs nothing.
+    if failed or (pivots.min() / pivots.max()) ** 2 < _SINGULAR:
+        values = torch.linalg.eigvalsh(system)
+        condition = float(values[-1] / values[0]) if values[0] > 0 else float("inf")
+        raise UserError(f"the closed-form system is singular (condition number {condition:.1e}); {cure}")
+    return torch.cholesky_solve(right, factor)

@@ -1,0 +1,1 @@
+"""The embedded world: emoji objects in four artists' styles on plain backgrounds, known completely."""

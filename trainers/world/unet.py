@@ -1,0 +1,128 @@
+"""Stage "unet": the denoiser of the embedded model, on latents and captions of a pool of scenes that is renewed as it is used up.
+
+v-prediction with uniform timesteps, 10 % of captions dropped for classifier-free guidance, EMA weights. The text encoder
+and the autoencoder are frozen; their outputs are computed once per pool.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from toolkit.world.scenes import load_world
+from trainers.loop import LoopConfig, Objective, finish_leg, next_leg, train
+from trainers.world.clip import CONTEXT, WIDTH, build_clip, clip_config, to_text_model
+from trainers.world.vae import render_batch
+
+CONFIG = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (96, 192),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": (2, 4),  # diffusers' historical name for the number of heads
+    "norm_num_groups": 32,
+}
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+}
+POOL, EPOCHS, CHUNK = 16_384, 4, 128
+
+
+class UNetObjective(Objective):
+    """Mean squared error of the velocity (Salimans & Ho, arXiv 2202.00512)."""
+
+    def __init__(self, unet: UNet2DConditionModel, work: Path, leg: int, batch_size: int = 32) -> None:
+        self.module: UNet2DConditionModel = unet.train()
+        self.world, self.leg, self.batch_size = load_world(), leg, batch_size
+        self.vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
+        self.tokenizer, self.text = load_text(work)
+        self.noise = DDPMScheduler(**SCHEDULE)
+        self.pool = -1
+        self.latents = self.hidden = torch.empty(0)
+        self.nothing = self.encode([""])
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> Tensor:
+        """Captions -> hidden states [n, 77, d] in bfloat16."""
+        device = self.text.device
+        ids = self.tokenizer(captions, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids.to(device)
+        return self.text(ids).last_hidden_state.bfloat16()
+
+    @torch.no_grad()
+    def fill(self, pool: int) -> None:
+        """Render, encode and keep the scenes of a pool."""
+        rng = np.random.default_rng([6, self.leg, pool])
+        latents, hidden = [], []
+        device = next(self.module.parameters()).device
+        self.vae.to(device)
+        self.text.to(device)
+        self.nothing = self.nothing.to(device)
+        for _ in tqdm(range(POOL // CHUNK), desc="pool", leave=False):
+            pixels, captions = render_batch(self.world, rng, CHUNK)
+            with torch.autocast(device.type, torch.bfloat16):
+                latents.append(self.vae.encode(pixels.to(device)).latent_dist.mean.float() * self.vae.config["scaling_factor"])
+                hidden.append(self.encode(captions))
+        self.latents, self.hidden, self.pool = torch.cat(latents), torch.cat(hidden), pool
+
+    def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+        per_epoch = POOL // self.batch_size
+        pool, epoch = step // (per_epoch * EPOCHS), step // per_epoch
+        if pool != self.pool:
+            self.fill(pool)
+        order = np.random.default_rng([7, self.leg, epoch]).permutation(POOL)
+        rows = torch.from_numpy(order[step % per_epoch * self.batch_size :][: self.batch_size])
+        x0, hidden = self.latents[rows], self.hidden[rows]
+        hidden = torch.where(torch.rand(len(rows), 1, 1, device=hidden.device) < 0.1, self.nothing, hidden)
+        noise = torch.randn_like(x0)
+        t = torch.randint(0, 1000, (len(rows),), device=x0.device)
+        noisy = self.noise.add_noise(x0, noise, t)
+        output = module(noisy, t, hidden).sample
+        return F.mse_loss(output.float(), self.noise.get_velocity(x0, noise, t)), {}
+
+
+def load_text(work: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The frozen text encoder of stage "clip"."""
+    tokenizer = CLIPTokenizer.from_pretrained(work / "clip")
+    clip = build_clip(clip_config(len(tokenizer)))
+    clip.load_state_dict(load_file(work / "clip" / "open_clip_model.safetensors"))
+    return tokenizer, to_text_model(clip, tokenizer).requires_grad_(False)
+
+
+def run(work: Path, steps: int | None) -> None:
+    """Train and write `work/unet` (a diffusers folder). Where it exists already, this is another leg from there."""
+    torch.manual_seed(0)
+    final = work / "unet"
+    unet = UNet2DConditionModel.from_pretrained(final) if final.exists() else UNet2DConditionModel(**CONFIG)
+    leg, folder = next_leg(work, "unet")
+    config = LoopConfig(
+        max_train_steps=steps or 4000,
+        learning_rate=8e-4,
+        lr_scheduler="cosine",
+        lr_warmup_steps=150,
+        weight_decay=0.01,
+        ema_decay=0.999,
+        mixed_precision="bf16",
+        checkpointing_steps=250,
+        seed=leg,
+    )
+    objective = UNetObjective(unet, work, leg)
+    train(objective, config, folder, title="unet")
+    unet.eval().save_pretrained(final)
+    finish_leg(folder)
