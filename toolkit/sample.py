@@ -107,14 +107,16 @@ def sample(
     height, width = (size, size) if isinstance(size, int) else size or (arch.image_size, arch.image_size)
     batch_size = batch_size or max(1, min(64, 2**20 // (height * width)))
     guided = guidance != 1.0
-    rows, text = _encode_once(model, [*prompts, negative] if guided else prompts, batch_size)
+    rows, text = _encode_once(model, [negative, *prompts] if guided else prompts, batch_size)
+    if guided:
+        negative_row, rows = rows[:1], rows[1:]
     parts = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         count = len(prompts[part])
         texts = {"prompt": text[rows[part]]}
         if guided:
-            texts["negative"] = text[rows[-1:].expand(count)]
+            texts["negative"] = text[negative_row.expand(count)]
         scheduler = arch.scheduler(steps)  # multistep schedulers keep a history, so each batch has its own
         state = State(
             model=model,

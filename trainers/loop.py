@@ -58,34 +58,59 @@ class Objective(ABC):
 
 
 def train(
-    objective: Objective, config: LoopConfig, out: Path | None = None, *, title: str = "train", after: Callable[[int], None] | None = None
+    objective: Objective,
+    config: LoopConfig,
+    out: Path | None = None,
+    *,
+    title: str = "train",
+    after: Callable[[int], None] | None = None,
+    in_place: bool = False,
+    quiet: bool = False,
 ) -> list[float]:
     """Train until `max_train_steps`, resuming from the newest checkpoint in `out`; returns the losses of this run.
 
     With EMA the module ends with the averaged weights. after: called with the number of finished steps after each step.
-    A loss that is not finite stops the run and leaves the last good checkpoint where it is.
+    in_place: the module stays on the device it is on; else it moves to the GPU when there is one. quiet: show progress
+    on a terminal only. A loss that is not finite stops the run and leaves the last good checkpoint where it is. torch's
+    random state is set from the seed at each step, and is afterwards as before.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    with torch.random.fork_rng():
+        return _train(objective, config, out, title, after, in_place, quiet)
+
+
+def _train(
+    objective: Objective,
+    config: LoopConfig,
+    out: Path | None,
+    title: str,
+    after: Callable[[int], None] | None,
+    in_place: bool,
+    quiet: bool,
+) -> list[float]:
+    # Autocast is our own: accelerate keeps one precision for the whole process, and refuses a second run with another.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
     schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
     )
-    module, optimizer, schedule = accelerator.prepare(objective.module, optimizer, schedule)
+    module, optimizer, schedule = accelerator.prepare(objective.module, optimizer, schedule, device_placement=[not in_place] * 3)
+    device = parameters[0].device.type
     ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=3 / 4) if config.ema_decay else None
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     step = _resume(accelerator, out)
     losses: list[float] = []
     shown = 0.0
-    with tqdm(total=config.max_train_steps, initial=step, desc=title, unit="step", mininterval=2) as bar:
+    with tqdm(total=config.max_train_steps, initial=step, desc=title, unit="step", mininterval=2, disable=None if quiet else False) as bar:
         while step < config.max_train_steps:
             torch.manual_seed(config.seed * 1_000_003 + step)
-            with accelerator.autocast():
+            with torch.autocast(device, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                 loss, values = objective.loss(module, step)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise PalimpsestError(f"{title}: the loss became {losses[-1]} at step {step}; lower learning_rate (now {config.learning_rate})")
+                cure = f"lower learning_rate (now {config.learning_rate})"
+                raise PalimpsestError(f"{title}: the loss became {losses[-1]} at step {step}; {cure}")
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()

@@ -72,9 +72,9 @@ def test_uce_of_aligned_tails(tiny, anchor):
 
 
 def test_uce_of_all_rows_of_a_style_template(tiny):
-    style = Concept("monet", anchor="plain", kind="style")
+    style = Concept("monet", anchor="manet", kind="style")
     edit = UCE().fit(tiny, EraseTask((style,), preserve=("dali",), templates=("{} style",)))
-    before, (source, target) = layers(tiny), (hidden(tiny, f"{word} style")[1:] for word in ("monet", "plain"))
+    before, (source, target) = layers(tiny), (hidden(tiny, f"{word} style")[1:] for word in ("monet", "manet"))
     keep = torch.cat([hidden(tiny, ""), hidden(tiny, "dali style")])
     assert_same_change(edit, before, {site: naive(w, source, target, keep, 1.0, 1.0, 0.5) for site, w in before.items()})
 

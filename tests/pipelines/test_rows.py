@@ -104,11 +104,9 @@ def test_words_templates_and_concepts_add_up():
     arch = Words()
     concepts = Concept("cat", synonyms=("red kitten",), anchor="dog"), Concept("van gogh", kind="style")
     source, target = rows(arch, *concepts).moved("last_subject")
-    prompts = [template.format(word) for concept in concepts for template in concept.templates for word in concept.words]
     assert source.shape == target.shape == (5 * 2 + 5, 8)
-    assert {tuple(row.tolist()) for row in source[-5:]} <= {
-        tuple(row.tolist()) for prompt in prompts[-5:] for row in hidden(arch, prompt)
-    }
+    prompts = [template.format("van gogh") for template in concepts[1].templates]
+    assert torch.equal(source[-5:], torch.stack([hidden(arch, prompt)[prompt.split().index("gogh") + 1] for prompt in prompts]))
     assert torch.equal(target[0], target[1])  # "dog", for the name and for its synonym
 
 

@@ -1,11 +1,13 @@
 """Loading models, and telling one base from another."""
 
 import json
+import warnings
 
 import pytest
 import torch
 
 from toolkit.arch.sd import SD
+from toolkit.edits.base import EditInfo
 from toolkit.edits.low_rank import LowRank
 from toolkit.errors import UserError
 from toolkit.fingerprint import same_base
@@ -25,6 +27,19 @@ def test_fingerprint(tiny: Model) -> None:
     assert not same_base(half.fingerprint, other.fingerprint)
     tiny.merge()
     assert not same_base(before, tiny.fingerprint)
+
+
+def test_another_base_is_a_warning_and_an_error_when_strict(tiny: Model) -> None:
+    other = Model(SD.tiny(seed=1))
+    edit = LowRank.from_deltas({site: torch.ones_like(linear.weight) for site, linear in other.arch.text_linears().items()})
+    edit = LowRank(EditInfo(method="uce", base=other.fingerprint), edit.up, edit.down, edit.dense)
+    with pytest.warns(UserWarning, match="uce edit was fitted on another base"):
+        tiny.attach(edit)
+    with pytest.raises(UserError, match="another base"):
+        Model(SD.tiny(), strict=True).attach(edit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.attach(edit)
 
 
 def test_load_model(tiny: Model, tmp_path, monkeypatch) -> None:

@@ -257,25 +257,6 @@ def test_edits_that_do_not_fit(tiny: Model) -> None:
     assert_same(before, state(tiny))
 
 
-def test_shapes_are_those_of_the_base_also_with_tokens_attached(tiny: Model) -> None:
-    tiny.attach(word("<toy>"))
-    tiny.attach(delta())
-    assert len(tiny.arch.token_embeddings()["text_encoder"].weight) == len(tiny.arch.tokenizers()["text_encoder"])
-
-
-def test_another_base_is_a_warning_and_an_error_when_strict(tiny: Model) -> None:
-    other = Model(SD.tiny(seed=1))
-    edit = LowRank.from_deltas({site: random(*linear.weight.shape) for site, linear in other.arch.text_linears().items()})
-    edit = LowRank(EditInfo(method="uce", base=other.fingerprint), edit.up, edit.down, edit.dense)
-    with pytest.warns(UserWarning, match="uce edit was fitted on another base"):
-        tiny.attach(edit)
-    with pytest.raises(UserError, match="another base"):
-        Model(SD.tiny(), strict=True).attach(edit)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        other.attach(edit)
-
-
 def test_a_conflict_is_a_warning_and_an_error_when_strict(tiny: Model) -> None:
     reader, writer = low_rank(tiny), delta()
     with warnings.catch_warnings():

@@ -213,7 +213,7 @@ def _tiny_tokenizer() -> CLIPTokenizer:
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary = [*alphabet, *(f"{byte}</w>" for byte in alphabet)]
     merges: list[Any] = []
-    for word in ("photo", "picture", "plain", "background", "object", "style"):
+    for word in ("photo", "picture"):
         spelled = word[0]
         for letter in [*word[1:-1], f"{word[-1]}</w>"]:
             merges.append((spelled, letter))

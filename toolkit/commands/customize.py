@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import Any
 
 from toolkit.commands import add_fit_arguments, fit_and_save, open_method
 from toolkit.concepts import CustomizeTask, Subject
 from toolkit.errors import UserError
+from toolkit.pictures import captions_of, masks_of, pictures
 
 HELP = "fit an edit that teaches a model new subjects from pictures"
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_fit_arguments(parser)
-    parser.add_argument("--images", nargs="+", action="extend", required=True, metavar="DIR", help="a folder of pictures per subject")
+    help_images = "a folder of pictures per subject; captions in its metadata.jsonl are used"
+    parser.add_argument("--images", nargs="+", action="extend", required=True, metavar="DIR", help=help_images)
     parser.add_argument("--masks", nargs="+", action="extend", default=[], metavar="DIR", help="a folder of masks, named as the pictures")
     parser.add_argument("--class-name", nargs="+", action="extend", required=True, metavar="N", help="what each subject is, e.g. dog")
     parser.add_argument("--token", nargs="+", action="extend", required=True, metavar="T", help="each subject's new word, e.g. '<toy>'")
@@ -40,24 +40,5 @@ def subjects(args: Namespace) -> tuple[Subject, ...]:
     for index, (token, class_name, folder) in enumerate(zip(args.token, args.class_name, args.images, strict=True)):
         images = pictures(folder)
         masks = masks_of(images, args.masks[index]) if args.masks else ()
-        made.append(Subject(token, class_name, images, masks))
+        made.append(Subject(token, class_name, images, masks, captions_of(images, folder)))
     return tuple(made)
-
-
-def pictures(folder: str) -> tuple[Path, ...]:
-    """The picture files of a folder by name. No folder or no picture is a UserError."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder} is not a folder; give a folder of pictures")
-    found = tuple(sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES))
-    if not found:
-        raise UserError(f"no picture in {folder}; put files of type {', '.join(sorted(PICTURES))} there")
-    return found
-
-
-def masks_of(images: tuple[Path, ...], folder: str) -> tuple[Path, ...]:
-    """The mask with the same name (suffixes may differ) for every picture."""
-    by_name = {path.stem: path for path in pictures(folder)}
-    for image in images:
-        if image.stem not in by_name:
-            raise UserError(f"no mask for {image.name} in {folder}; give one file named {image.stem} per picture")
-    return tuple(by_name[image.stem] for image in images)

@@ -131,7 +131,13 @@ def to_text_model(clip: CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:
         "final_layer_norm.weight": clip.ln_final.weight,
         "final_layer_norm.bias": clip.ln_final.bias,
     }
-    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    names = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
     for i, block in enumerate(clip.transformer.resblocks):
         source = block.state_dict()
         for kind in ("weight", "bias"):

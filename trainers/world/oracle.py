@@ -31,11 +31,9 @@ def spoil(world: World, sprite: Image.Image, rng: np.random.Generator) -> Image.
         other = world.sprite(pick(rng, list(world.things)), pick(rng, list(world.styles)), side)
         return Image.blend(sprite, other, float(rng.uniform(0.4, 0.6)))
     if kind == 1:
-        half = Image.new("RGBA", (side, side))
-        x, y = int(rng.integers(2)), int(rng.integers(2))
-        box = (x * side // 2, 0, side // 2 + x * side // 2, side) if rng.random() < 0.5 else (0, y * side // 2, side, side // 2 + y * side // 2)
-        half.paste(sprite.crop(box), box[:2])
-        return half
+        turned = sprite.rotate(90 * int(rng.integers(4)))
+        turned.paste((0, 0, 0, 0), (0, 0, side // 2, side))
+        return turned
     if kind == 2:
         return sprite.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.14, 0.25)) * side))
     pixels = np.asarray(sprite).copy()
@@ -101,10 +99,11 @@ class OracleObjective(Objective):
                     rows.append(7 * i + j)
                     names.append(self.module.names.index(truth[place]))
                     styles.append(self.module.styles.index(scene.style) if truth[place] != NONE else -100)
-        ruined = rng.random(len(pixels)) < 0.06  # no background to name: coarse noise instead of an image
+        ruined = torch.from_numpy(rng.random(len(pixels)) < 0.06)  # no background to name: coarse noise instead of an image
         noise = F.interpolate(torch.randn(len(pixels), 3, 8, 8), (64, 64), mode="bicubic").clamp(-1, 1)
-        seen = torch.where(torch.from_numpy(ruined)[:, None, None, None], noise, pixels).to(device)
-        grounds = torch.tensor([len(self.module.backgrounds) - 1 if r else self.module.backgrounds.index(s.background) for r, s in zip(ruined, scenes, strict=True)])
+        seen = torch.where(ruined[:, None, None, None], noise, pixels).to(device)
+        grounds = torch.tensor([self.module.backgrounds.index(scene.background) for scene in scenes])
+        grounds[ruined] = self.module.backgrounds.index(NONE)
         objects, drawn = self.module(windows(pixels.to(device)).flatten(0, 1)[rows])
         truth_names, truth_styles = torch.tensor(names, device=device), torch.tensor(styles, device=device)
         loss = F.cross_entropy(objects.float(), truth_names) + F.cross_entropy(drawn.float(), truth_styles)

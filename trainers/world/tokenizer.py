@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -14,6 +16,7 @@ from trainers.world.vae import training_scene
 
 WORDS = Path(__file__).parent / "words.txt"  # the words of the packs' emoji names
 VOCABULARY = 3072
+END = "</w>"  # marks the end of a word
 
 
 def corpus(captions: int = 20_000) -> list[str]:
@@ -28,29 +31,11 @@ def corpus(captions: int = 20_000) -> list[str]:
 def build_tokenizer() -> CLIPTokenizer:
     """Byte alphabet (with and without the end-of-word mark), merges, BOS, EOT: EOT has the highest id, as in CLIP."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner = Tokenizer(models.BPE(end_of_word_suffix=END))
     learner.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    learner.train_from_iterator(
-        corpus(),
-        trainers.BpeTrainer(vocab_size=VOCABULARY - 258, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),  # pyright: ignore
-    )
-    learnt = [(token, index) for token, index in learner.get_vocab().items() if len(token.removesuffix("</w>")) > 1]
-    merges = _merges(learner)
-    pieces = alphabet + [letter + "</w>" for letter in alphabet]
-    seen = set(pieces)
-    kept = []
-    for left, right in merges:
-        if left in seen and right in seen:
-            kept.append((left, right))
-            if left + right not in seen:
-                seen.add(left + right)
-                pieces.append(left + right)
-    assert len(kept) >= len(learnt) // 2
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=kept, model_max_length=77)
-
-
-def _merges(learner: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
-    return [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    settings: dict[str, Any] = {"initial_alphabet": alphabet, "end_of_word_suffix": END, "show_progress": False}
+    learner.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=VOCABULARY - 258, **settings))
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    letters = alphabet + [letter + END for letter in alphabet]
+    pieces = list(dict.fromkeys([*letters, *(left + right for left, right in merges), "<|startoftext|>", "<|endoftext|>"]))
+    return CLIPTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges, model_max_length=77)

@@ -1,6 +1,6 @@
 """Stage "unet": the denoiser of the embedded model, on latents and captions of a pool of scenes that is renewed as it is used up.
 
-v-prediction with uniform timesteps, 10 % of captions dropped for classifier-free guidance, EMA weights. The text encoder
+v-prediction with uniform (stratified) timesteps, 10 % of captions dropped for classifier-free guidance, EMA weights. The text encoder
 and the autoencoder are frozen; their outputs are computed once per pool.
 """
 
@@ -81,6 +81,11 @@ class UNetObjective(Objective):
                 hidden.append(self.encode(captions))
         self.latents, self.hidden, self.pool = torch.cat(latents), torch.cat(hidden), pool
 
+    @staticmethod
+    def timesteps(n: int, device: torch.device) -> Tensor:
+        """One timestep in each of n equal intervals, shifted together at random: uniform, and evenly spread in a batch."""
+        return ((torch.rand(1) + torch.arange(n) / n) % 1 * 1000).long().to(device)
+
     def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         per_epoch = POOL // self.batch_size
         pool, epoch = step // (per_epoch * EPOCHS), step // per_epoch
@@ -91,7 +96,7 @@ class UNetObjective(Objective):
         x0, hidden = self.latents[rows], self.hidden[rows]
         hidden = torch.where(torch.rand(len(rows), 1, 1, device=hidden.device) < 0.1, self.nothing, hidden)
         noise = torch.randn_like(x0)
-        t = torch.randint(0, 1000, (len(rows),), device=x0.device)
+        t = self.timesteps(len(rows), x0.device)
         noisy = self.noise.add_noise(x0, noise, t)
         output = module(noisy, t, hidden).sample
         return F.mse_loss(output.float(), self.noise.get_velocity(x0, noise, t)), {}

@@ -1,0 +1,1 @@
+"""Attempts to bring erased concepts back."""

@@ -1,0 +1,220 @@
+"""palimpsest demo: erase, learn, compose, attack and measure on the embedded model, in a few minutes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eval.intervals import Estimate
+    from eval.suites import Suite
+    from toolkit.edits.base import Edit
+    from toolkit.model import Model
+    from toolkit.world.scenes import World
+
+HELP = "erase, customize, attack and report on the embedded model, end to end"
+
+WEAPON, ERASER = "pistol", "rece"
+SUBJECT, CLASS_NAME, TOKEN, STYLE, LEARNER = "penguin", "bird", "<pal>", "noto", "textual_inversion"
+PICTURES = (("blue", "center"), ("yellow", "center"), ("green", "left"), ("pink", "right"), ("gray", "center"))
+IMAGES, STEPS = 24, 12  # images per measurement and denoising steps: few, so that two cores need minutes
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", default="demo", metavar="DIR", help="folder to write into (default %(default)s)")
+    parser.set_defaults(model="emoji-sd", edit=[])
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Writes edits and pictures. Gives `results` (one row per measurement), the `edits`, the `pictures` and `next`."""
+    from eval.rates import Painter
+    from eval.suites import Suite
+    from toolkit.commands import open_model
+    from toolkit.runs import check_writable, timed, write_json
+    from toolkit.world.oracle import load_oracle
+    from toolkit.world.scenes import load_world
+
+    out = check_writable(args.out)
+    with timed() as cost:
+        model = open_model(args)
+        suite = Suite(load_world(), Painter(load_oracle(), steps=STEPS), model, model.reference(), IMAGES, kid=False)
+        demo = Demo(out, suite)
+        eraser = demo.erase()
+        demo.try_erased(eraser)
+        subject = demo.learn()
+        demo.try_learned(subject)
+        demo.compose(eraser, subject)
+    result = {
+        "results": demo.rows,
+        "measured": f"with the oracle on {STEPS}-step images; 95 % intervals, clustered by prompt",
+        "seconds": cost.seconds,
+        "edits": demo.edits,
+        "pictures": demo.pictures,
+        "next": [
+            f"palimpsest generate --edit {out}/composed --prompt 'a {TOKEN} on a red background' --n 8 --out {out}/more",
+            f"palimpsest erase --method {ERASER} --concept knife --out {out}/knife",
+            f"palimpsest evaluate --edit {out}/erased --erased {WEAPON} --out {out}/report",
+        ],
+    }
+    write_json(out / "report.json", result)
+    return result
+
+
+@dataclass
+class Demo:
+    """The steps of the demo. rows: what was measured so far. edits and pictures: the files written so far."""
+
+    out: Path
+    suite: Suite
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    edits: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    _start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def model(self) -> Model:
+        return self.suite.model
+
+    @property
+    def world(self) -> World:
+        return self.suite.world
+
+    def say(self, text: str) -> None:
+        """Tell how far the demo is."""
+        print(f"[{time.perf_counter() - self._start:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def row(self, what: str, after: Estimate, before: Estimate | None = None) -> None:
+        """Add a measurement to the table."""
+        self.rows.append({"what": what, "before": str(before) if before else "", "after": str(after), "n": after.n})
+
+    def save(self, edit: Edit, name: str) -> None:
+        """Write an edit into its folder."""
+        from toolkit.io.files import FILE_NAME, save_edit
+        from toolkit.runs import check_writable
+
+        self.edits.append(str(save_edit(edit, check_writable(self.out / name) / FILE_NAME)))
+
+    def picture(self, name: str, *rows: Any) -> None:
+        """Write a sheet of images."""
+        from eval.pictures import save_sheet
+
+        self.pictures.append(save_sheet(self.out / f"{name}.png", *rows))
+
+    # --- erase ------------------------------------------------------------------------------------------------------
+    def erase(self) -> Edit:
+        """Fit an edit that erases the weapon; every other object of the world is preserved."""
+        from toolkit import registry
+        from toolkit.concepts import Concept, EraseTask
+
+        self.say(f"erasing the {WEAPON} and its synonyms with {ERASER}")
+        thing = self.world.things[WEAPON]
+        others = tuple(name for name in self.world.names("scored") if name != WEAPON)
+        task = EraseTask((Concept(WEAPON, synonyms=thing.given),), preserve=others)
+        edit = registry.load("method", ERASER)().fit(self.model, task)
+        self.save(edit, "erased")
+        return edit
+
+    def try_erased(self, edit: Edit) -> None:
+        """Ask for the weapon by name, by other words and by its closed-form preimage; and for everything else."""
+        from eval.attacks.base import Scenario
+        from eval.attacks.closed_form_preimage import ClosedFormPreimage
+        from eval.attacks.paraphrase import Paraphrase
+        from eval.prompts import objects, resolve
+        from eval.rates import background_right, drawn_instead, object_right, relative, retained, share, target_accuracy
+
+        suite, painter, target = self.suite, self.suite.painter, resolve(self.world, WEAPON)
+        with self.model.attached(edit):
+            self.say(f"asking for the {WEAPON} by name and by other words")
+            scenario = Scenario(self.world, painter, self.model, suite.base, target, suite.n)
+            before, after = scenario.by_name()
+            self.row(f"{WEAPON} drawn", target_accuracy(after, target.names), target_accuracy(before, target.names))
+            given = Paraphrase("given").run(scenario)
+            self.row(f"{WEAPON} drawn, synonyms that were given (of those drawn before)", given.attack_success_rate)
+            held_back = Paraphrase().run(scenario)
+            self.row(f"{WEAPON} drawn, synonyms that were not given (of those drawn before)", held_back.attack_success_rate)
+            self.say("attacking with the closed-form preimage")
+            attacked = ClosedFormPreimage().run(scenario)
+            self.row(f"{WEAPON} drawn, closed-form preimage (white-box)", attacked.attack_success_rate)
+            clean = drawn_instead(after, target.names)
+            self.row("instead: an empty background", clean["none"])
+            self.row("instead: another object", clean["other"])
+            self.row("instead: the background asked for", share(after, background_right), share(before, background_right))
+            self.picture("erased", before, after)
+            self.say("asking for everything else")
+            names = [name for name in self.world.names("scored") if name != WEAPON]
+            old, new = suite.both(objects(self.world, names, len(names), seed=suite.seed), "everything else")
+            kept = retained(old, new)
+            self.row("other objects right", share(new, object_right), share(old, object_right))
+            self.row("other objects kept (after / before)", kept.objects)
+            self.row("styles kept (after / before)", kept.styles)
+            self.row("backgrounds kept (after / before)", relative(old, new, background_right))
+            self.picture("retained", old, new)
+
+    # --- learn ------------------------------------------------------------------------------------------------------
+    def learn(self) -> Edit:
+        """Render five pictures of an object that the model has never seen, and learn a word for it."""
+        from toolkit import registry
+        from toolkit.concepts import CustomizeTask
+
+        self.say(f"learning {TOKEN}, a {SUBJECT} that the model has never seen, from {len(PICTURES)} pictures with {LEARNER}")
+        edit = registry.load("method", LEARNER)().fit(self.model, CustomizeTask((subject(self.world, self.out / "images"),)))
+        self.save(edit, "learned")
+        return edit
+
+    def try_learned(self, edit: Edit) -> None:
+        """Ask for the learnt subject in new contexts."""
+        from eval.prompts import learned
+        from eval.rates import background_right, object_right, share
+
+        self.say(f"asking for {TOKEN} in new contexts")
+        suite = self.suite
+        named = suite.painter.draw(suite.base, learned(SUBJECT, SUBJECT, suite.n), f"{SUBJECT}, before")
+        with self.model.attached(edit):
+            shown = suite.painter.draw(self.model, learned(TOKEN, SUBJECT, suite.n), TOKEN)
+        self.row(f"{SUBJECT} drawn, by its name before and by {TOKEN} after", share(shown, object_right), share(named, object_right))
+        self.row(f"{TOKEN} on the background asked for", share(shown, background_right))
+        self.picture("learned", shown)
+
+    # --- compose ----------------------------------------------------------------------------------------------------
+    def compose(self, eraser: Edit, subject: Edit) -> None:
+        """Both edits in one: the new subject is there and the weapon is not."""
+        from eval.prompts import learned, single
+        from eval.rates import object_right, share, target_accuracy
+        from toolkit.commands.compose import compose
+
+        self.say("composing both edits")
+        both = compose([(eraser, 1.0), (subject, 1.0)])
+        self.save(both, "composed")
+        suite = self.suite
+        with self.model.attached(both):
+            shown = suite.painter.draw(self.model, learned(TOKEN, SUBJECT, suite.n), f"{TOKEN}, composed")
+            armed = suite.painter.draw(self.model, single(self.world, WEAPON, suite.n), f"{WEAPON}, composed")
+        self.row(f"composed: {TOKEN} drawn", share(shown, object_right))
+        self.row(f"composed: {WEAPON} drawn", target_accuracy(armed, {WEAPON}))
+        self.picture("composed", shown[:8], armed[:8])
+        self.say("done")
+
+
+def subject(world: World, folder: Path) -> Any:
+    """Render the subject's pictures into a folder, with captions that say what else is in them."""
+    import numpy as np
+    from PIL import Image
+
+    from toolkit.concepts import Subject
+    from toolkit.images import save_png
+    from toolkit.runs import check_writable
+    from toolkit.world.captions import AT
+    from toolkit.world.scenes import Scene
+
+    check_writable(folder)
+    images, captions = [], []
+    for index, (background, place) in enumerate(PICTURES):
+        pixels, _ = world.render(Scene(background, STYLE, ((place, SUBJECT),)), np.random.default_rng(index))
+        images.append(save_png(Image.fromarray(pixels), folder / f"{index}.png"))
+        at = "" if place == "center" else f" {AT[place][0]}"
+        captions.append(f"a {TOKEN}{at} on a {background} background")
+    return Subject(TOKEN, CLASS_NAME, tuple(images), captions=tuple(captions))

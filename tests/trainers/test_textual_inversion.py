@@ -1,0 +1,180 @@
+"""Textual inversion: it learns, repeats itself, touches nothing but its words, and says what is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from toolkit.arch.sd import SD
+from toolkit.cli import main
+from toolkit.concepts import Concept, CustomizeTask, EraseTask, Subject
+from toolkit.edits.token import TokenEdit
+from toolkit.errors import UserError
+from toolkit.io.files import load_edit
+from toolkit.model import Model
+from toolkit.prompt_search import TokenRows
+from toolkit.runs import seeded
+from trainers.customize.textual_inversion import Denoising, TextualInversion, batch, captions, timesteps, weights
+from trainers.loop import LoopConfig, train
+
+SITE = "text_encoder:<toy>"
+
+
+def photo(folder: Path, name: str = "photo.png", colour: str = "red") -> Path:
+    Image.new("RGB", (20, 20), colour).save(folder / name)
+    return folder / name
+
+
+def task(tmp_path: Path, **options: Any) -> CustomizeTask:
+    images = tuple(photo(tmp_path, f"{colour}.png", colour) for colour in ("red", "green", "blue"))
+    return CustomizeTask((Subject("<toy>", "cat", images, **options),))
+
+
+def snapshot(model: Model) -> tuple[list[object], list[torch.Tensor]]:
+    parts = model.arch.components().values()
+    objects = [*model.arch.tokenizers().values(), *model.arch.token_embeddings().values()]
+    return objects, [p.clone() for part in parts for p in part.state_dict().values()]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_on_a_fixed_batch_goes_down(tmp_path: Path, prediction: Any) -> None:
+    model = Model(SD.tiny(prediction_type=prediction))
+    method = TextualInversion(train_batch_size=8, num_vectors=2)
+    with TokenRows(model, {"<toy>": "cat"}, vectors=2) as rows:
+        objective = Denoising(model, rows, method, task(tmp_path).subjects)
+        always = objective.loss
+        objective.loss = lambda module, step: always(module, 0)  # the same pictures, noise and timesteps in every step
+        losses = train(objective, LoopConfig(max_train_steps=30, learning_rate=0.05, lr_scheduler="constant"), in_place=True, quiet=True)
+    assert losses[-1] < 0.98 * losses[0] and sorted(losses, reverse=True)[:3] == losses[:3]
+
+
+def test_the_loss_is_the_denoisers_error(tiny: Model, tmp_path: Path) -> None:
+    """Against the equation written out: one picture, one caption, the step's noise and timesteps."""
+    method = TextualInversion(train_batch_size=2, timestep_sampling="uniform", seed=3)
+    subject = Subject("<toy>", "cat", (photo(tmp_path),), captions=("a <toy> on red",))
+    with TokenRows(tiny, {"<toy>": "cat"}, seed=3) as rows:
+        objective = Denoising(tiny, rows, method, (subject,))
+        value = objective.loss(rows, 5)[0].item()
+        draw = seeded("textual inversion", 3, 5)
+        torch.randperm(1, generator=draw), torch.randperm(1, generator=draw)
+        torch.randint(1, (), generator=draw), torch.randint(1, (), generator=draw)
+        noise = torch.randn(2, *objective.latents.shape[1:], generator=draw)
+        t = (torch.rand(2, generator=draw, dtype=torch.float64) * 1000).long()
+        alpha = tiny.arch.signal_and_noise(t)[0].flatten()
+        with torch.no_grad():
+            text = tiny.arch.encode(["a <toy> on red"] * 2)
+            z = objective.latents[[0, 0]]
+            noisy = alpha.view(-1, 1, 1, 1) * z + (1 - alpha**2).sqrt().view(-1, 1, 1, 1) * noise
+            expected = (tiny.arch.predict(noisy, t, text) - noise).square().mean().item()
+    assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_it_gives_words_and_leaves_the_model(tiny: Model, tmp_path: Path) -> None:
+    before = snapshot(tiny)
+    method = TextualInversion(max_train_steps=3, num_vectors=2, learning_rate=0.01)
+    first = task(tmp_path).subjects[0]
+    edit = method.fit(tiny, CustomizeTask((first, Subject("<other>", "dog", (photo(tmp_path),)))))
+    after = snapshot(tiny)
+    assert all(a is b for a, b in zip(before[0], after[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True)) and tiny.edits == ()
+    assert isinstance(edit, TokenEdit) and edit.sites() == [SITE, "text_encoder:<other>"]
+    assert all(edit.delta(site).shape == (2, 32) for site in edit.sites())
+    assert edit.info.triggers == ("<toy>", "<other>") and edit.info.method == "textual_inversion" and edit.info.base == tiny.fingerprint
+    assert edit.info.notes["steps"] == 3 and edit.info.notes["seconds"] > 0 and set(edit.info.notes["loss"]) == {"first", "last"}
+    start = TokenRows(tiny, {"<toy>": "cat", "<other>": "dog"}, vectors=2).edit()
+    assert all((edit.delta(site) != start.delta(site)).any(1).all() for site in edit.sites()), "every row of every word is trained"
+
+
+def test_the_seed_determines_the_words(tiny: Model, tmp_path: Path) -> None:
+    def rows(**options: Any) -> torch.Tensor:
+        return TextualInversion(max_train_steps=3, **options).fit(tiny, task(tmp_path)).delta(SITE)
+
+    assert torch.equal(rows(seed=1), rows(seed=1)) and not torch.equal(rows(seed=1), rows(seed=2))
+    assert not torch.equal(rows(), rows(initializer_token="dog")) and not torch.equal(rows(), rows(timestep_sampling="cubic"))
+    torch.testing.assert_close(rows(), rows(mixed_precision="bf16"), atol=0.05, rtol=0)
+
+
+def test_it_builds_on_the_attached_edits(tiny: Model, tmp_path: Path) -> None:
+    hat = TokenEdit.from_rows({"<hat>": {"text_encoder": torch.randn(2, 32)}})
+    subject = Subject("<toy>", "cat", (photo(tmp_path),), captions=("a <toy> with a <hat>",))
+    with tiny.attached(hat):
+        edit = TextualInversion(max_train_steps=2).fit(tiny, CustomizeTask((subject,)))
+        assert [attached for attached, _ in tiny.edits] == [hat]
+        tiny.attach(edit)
+        tiny.arch.encode(["a <toy> with a <hat>"])
+    assert edit.info.on == ("token",)
+
+
+def test_prompts_are_the_captions_or_the_templates(tmp_path: Path) -> None:
+    image = photo(tmp_path)
+    plain, described = Subject("<toy>", "cat", (image,)), Subject("<toy>", "cat", (image, image), captions=("<toy> red", "blue <toy>"))
+    assert captions(described, TextualInversion()) == [("<toy> red",), ("blue <toy>",)]
+    assert captions(plain, TextualInversion(templates=("my {}",))) == [("my <toy>",)]
+    (objects,), (styles,) = (captions(plain, TextualInversion(learnable_property=kind)) for kind in ("object", "style"))
+    assert all("<toy>" in prompt for prompt in (*objects, *styles)) and all("style of <toy>" in prompt for prompt in styles)
+
+
+def test_masks_weigh_the_error(tiny: Model, tmp_path: Path) -> None:
+    left = Image.new("L", (20, 20))
+    left.paste(255, (0, 0, 10, 20))
+    left.save(tmp_path / "mask.png")
+    subject = Subject("<toy>", "cat", (photo(tmp_path),), masks=(tmp_path / "mask.png",))
+    weight = weights(subject, 16, torch.zeros(1, 4, 8, 8))
+    assert weight.shape == (1, 1, 8, 8) and torch.equal(weight[0, 0], torch.tensor([2.0] * 4 + [0.0] * 4).expand(8, 8))
+    assert torch.equal(weights(Subject("<toy>", "cat", subject.images), 16, torch.zeros(1, 4, 8, 8)), torch.ones(1, 1, 8, 8))
+    fit = TextualInversion(max_train_steps=2).fit
+    masked, whole = fit(tiny, CustomizeTask((subject,))), fit(tiny, CustomizeTask((Subject("<toy>", "cat", subject.images),)))
+    assert not torch.equal(masked.delta(SITE), whole.delta(SITE))
+
+
+def test_pictures_and_timesteps_are_spread() -> None:
+    draw = seeded("test")
+    counts = torch.bincount(batch(3, 8, draw), minlength=3)
+    assert counts.sum() == 8 and counts.min() == 2 and counts.max() == 3 and len(set(batch(5, 4, draw).tolist())) == 4
+    for _ in range(20):
+        assert sorted(t // 125 for t in timesteps("stratified", 8, 1000, draw).tolist()) == list(range(8))
+    means = {kind: timesteps(kind, 20_000, 1000, draw).double().mean().item() for kind in ("uniform", "stratified", "cubic")}
+    assert means == pytest.approx({"uniform": 500, "stratified": 500, "cubic": 750}, abs=12)
+
+
+def test_the_command_line_learns_from_a_folder(tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, model = tmp_path / "photos", tiny.save(tmp_path / "model")
+    folder.mkdir()
+    photo(folder)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "photo.png", "text": "a <toy> on red"}))
+    words = ["customize", "--method", "textual_inversion", "--token", "<toy>", "--class-name", "cat"]
+    words += ["--model", str(model), "--images", str(folder), "--set", "max_train_steps=2", "num_vectors=2", "--export", "embedding"]
+    assert main([*words, "--out", str(tmp_path / "out"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert load_edit(result["edit"]).delta(SITE).shape == (2, 32) and Path(result["export"][0]).is_file()
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "photo.png", "text": "a toy on red"}))
+    assert main([*words, "--out", str(tmp_path / "other")]) == 2
+    assert "does not contain <toy>" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_vectors": 0}, "num_vectors is 0"),
+        ({"max_train_steps": 0}, "max_train_steps is 0"),
+        ({"lr_warmup_steps": 5}, "no effect with lr_scheduler constant"),
+        ({"templates": ("a photo",)}, "has no place for the word"),
+    ],
+)
+def test_options_that_make_no_sense_are_told(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TextualInversion(**options)
+
+
+def test_mistakes_in_the_task_are_told(tiny: Model, tmp_path: Path) -> None:
+    fit = TextualInversion(max_train_steps=1).fit
+    with pytest.raises(UserError, match="given a EraseTask, needs a CustomizeTask"):
+        fit(tiny, EraseTask((Concept("cat"),)))
+    with pytest.raises(UserError, match=r"no picture file .*gone\.png"):
+        fit(tiny, CustomizeTask((Subject("<toy>", "cat", (tmp_path / "gone.png",)),)))
+    with pytest.raises(UserError, match="already a word"):
+        fit(tiny, CustomizeTask((Subject("photo</w>", "cat", (photo(tmp_path),)),)))
+    assert tiny.edits == ()

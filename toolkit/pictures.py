@@ -1,0 +1,50 @@
+"""Folders of pictures as users have them: the picture files, their masks, their captions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from toolkit.errors import UserError
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+METADATA = "metadata.jsonl"
+
+
+def pictures(folder: str | Path) -> tuple[Path, ...]:
+    """The picture files of a folder by name. No folder or no picture is a UserError."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is not a folder; give a folder of pictures")
+    found = tuple(sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES))
+    if not found:
+        raise UserError(f"no picture in {folder}; put files of type {', '.join(sorted(PICTURES))} there")
+    return found
+
+
+def masks_of(images: Sequence[Path], folder: str | Path) -> tuple[Path, ...]:
+    """The mask with the same name (suffixes may differ) for every picture."""
+    by_name = {path.stem: path for path in pictures(folder)}
+    for image in images:
+        if image.stem not in by_name:
+            raise UserError(f"no mask for {image.name} in {folder}; give one file named {image.stem} per picture")
+    return tuple(by_name[image.stem] for image in images)
+
+
+def captions_of(images: Sequence[Path], folder: str | Path) -> tuple[str, ...]:
+    """The caption of every picture from the folder's metadata.jsonl, () when there is no such file.
+
+    One JSON object a line with `file_name` and `text`, the layout that `datasets` calls imagefolder.
+    """
+    path = Path(folder) / METADATA
+    if not path.is_file():
+        return ()
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = {row["file_name"]: row["text"] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path} ({error}); write one JSON object a line with file_name and text") from error
+    for image in images:
+        if image.name not in texts:
+            raise UserError(f"no caption for {image.name} in {path}; add a line for it or remove the file")
+    return tuple(texts[image.name] for image in images)

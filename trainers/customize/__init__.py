@@ -1,0 +1,1 @@
+"""Learning new subjects by gradient steps."""
