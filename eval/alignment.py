@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from eval.intervals import Estimate, mean, rate
 from eval.rates import version
@@ -23,6 +23,9 @@ from toolkit.runs import seeded
 from toolkit.world.captions import caption
 from toolkit.world.oracle import as_pixels
 from toolkit.world.scenes import ASSETS, World, random_scene
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
 
 METRIC_CLIP = ASSETS / "metric-clip"
 AMONG = 64  # captions that one render is matched with
@@ -78,37 +81,42 @@ def load_metric_clip(folder: Path = METRIC_CLIP) -> Clip:
     return world_clip(clip, CLIPTokenizer.from_pretrained(folder))
 
 
-def world_clip(clip: nn.Module, tokenizer: Any) -> Clip:
-    """An open_clip model of the embedded world with its tokenizer. Its images are 64 pixels in [-1, 1]."""
+def world_clip(clip: CLIP, tokenizer: Any) -> Clip:
+    """An open_clip model of the embedded world with its tokenizer. Its images are 64 pixels in [-1, 1].
+
+    Texts are cut at 77 tokens, as open_clip does.
+    """
     from trainers.world.clip import encode_text
 
     clip.eval().requires_grad_(False)
 
     def text(texts: Sequence[str]) -> Tensor:
-        ids = tokenizer(list(texts), padding=True, return_tensors="pt")["input_ids"]
-        return encode_text(clip, ids)  # pyright: ignore[reportArgumentType]
+        ids = tokenizer(list(texts), padding=True, truncation=True, max_length=clip.context_length, return_tensors="pt")["input_ids"]
+        return encode_text(clip, ids)
 
-    return Clip(lambda images: clip.encode_image(as_pixels(images)), text, {"model": "metric-clip", "version": version(clip)})  # pyright: ignore
+    return Clip(lambda images: clip.encode_image(as_pixels(images)), text, {"model": "metric-clip", "version": version(clip)})
 
 
 def load_open_clip(source: str) -> Clip:
     """A CLIP by the name that open_clip gives it, e.g. "hf-hub:owner/name" or "local-dir:/folder". Failing is a UserError."""
     import open_clip
 
+    made: Any
     try:
-        model, preprocess = open_clip.create_model_from_pretrained(source)  # pyright: ignore[reportAssignmentType]
+        made = open_clip.create_model_from_pretrained(source)
         tokenize = open_clip.get_tokenizer(source)
     except Exception as error:
         raise UserError(f"cannot load the CLIP {source!r} ({error}); give hf-hub:OWNER/NAME or local-dir:FOLDER") from error
-    model.eval().requires_grad_(False)  # pyright: ignore
+    model, preprocess = made
+    model.eval().requires_grad_(False)
 
     def images(pixels: Tensor) -> Tensor:
-        return model.encode_image(torch.stack([preprocess(image) for image in to_pil(pixels)]))  # pyright: ignore
+        return model.encode_image(torch.stack([preprocess(image) for image in to_pil(pixels)]))
 
     def text(texts: Sequence[str]) -> Tensor:
-        return model.encode_text(tokenize(list(texts)))  # pyright: ignore
+        return model.encode_text(tokenize(list(texts)))
 
-    return Clip(images, text, {"model": source, "library": f"open_clip {open_clip.__version__}", "version": version(model)})  # pyright: ignore
+    return Clip(images, text, {"model": source, "library": f"open_clip {open_clip.__version__}", "version": version(model)})
 
 
 def world_pairs(world: World, n: int, seed: int = 0) -> tuple[Tensor, list[str]]:

@@ -89,8 +89,8 @@ def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None, *,
     if not len(values):
         return NOTHING
     sums, sizes = _per_cluster(np.asarray(values, dtype=float), clusters)
-    weights = _resampled(len(sizes), seed)
-    low, high = _percentiles(weights @ sums / (weights @ sizes))
+    drawn = _resampled(len(sizes), seed)
+    low, high = _percentiles(sums[drawn].sum(1) / sizes[drawn].sum(1))
     return Estimate(float(sums.sum() / sizes.sum()), low, high, len(values))
 
 
@@ -108,9 +108,9 @@ def ratio(after: Sequence[bool], before: Sequence[bool], clusters: Sequence[Hash
         return Estimate(1.0, 1 - bound, 1 + bound, len(first))
     above, _ = _per_cluster(second, clusters)
     below, _ = _per_cluster(first, clusters)
-    weights = _resampled(len(below), seed)
-    under = weights @ below
-    low, high = _percentiles((weights @ above)[under > 0] / under[under > 0])
+    drawn = _resampled(len(below), seed)
+    over, under = above[drawn].sum(1), below[drawn].sum(1)
+    low, high = _percentiles(over[under > 0] / under[under > 0])
     return Estimate(float(above.sum() / below.sum()), low, high, len(first))
 
 
@@ -134,8 +134,8 @@ def _per_cluster(values: np.ndarray, clusters: Sequence[Hashable] | None) -> tup
 
 
 def _resampled(clusters: int, seed: int) -> np.ndarray:
-    """How often each cluster is drawn in each bootstrap sample [RESAMPLES, clusters]."""
-    return np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=RESAMPLES).astype(float)
+    """The clusters of each bootstrap sample [RESAMPLES, clusters], drawn with replacement."""
+    return np.random.default_rng(seed).integers(clusters, size=(RESAMPLES, clusters), dtype=np.int32)
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, float]:

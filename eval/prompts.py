@@ -51,7 +51,9 @@ class Prompt:
         return any(held_out_triple(name, self.scene.background, place) for place, name in self.scene.items)
 
 
-def single(world: World, name: str, n: int, *, seed: int = 0, words: Sequence[str] = (), places: Sequence[str] = ("center",)) -> list[Prompt]:
+def single(
+    world: World, name: str, n: int, *, seed: int = 0, words: Sequence[str] = (), places: Sequence[str] = ("center",)
+) -> list[Prompt]:
     """n prompts for one object, spread over templates, styles, backgrounds, `places` and `words` (its name, if empty)."""
     words = tuple(words) or (name,)
     forms = [*product(PLAIN, [""]), *product(STYLED, world.styles)]
@@ -78,13 +80,14 @@ def several(count: int, names: Sequence[str], n: int, *, seed: int = 0) -> list[
     rng = _rng(f"several {count}", seed)
     prompts = []
     for i in range(n):
-        chosen = [names[j] for j in rng.choice(len(names), count, replace=False)]
+        chosen = [names[int(j)] for j in rng.choice(len(names), count, replace=False)]
         corners = sorted(rng.choice(4, count, replace=False))
-        places = ("left", "right") if count == 2 else tuple(QUADRANTS[j] for j in corners)
+        places: Sequence[str] = ("left", "right") if count == 2 else [QUADRANTS[j] for j in corners]
         background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-        parts = [f"a {name} {AT[place][0]}" for place, name in zip(places, chosen, strict=True)]
+        items = tuple(zip(places, chosen, strict=True))
+        parts = [f"a {name} {AT[place][0]}" for place, name in items]
         text = SEVERAL.format(" and ".join(parts) if count == 2 else ", ".join(parts), background=background)
-        prompts.append(Prompt(text, seed + i, Scene(background, "", tuple(zip(places, chosen, strict=True))), tuple(chosen)))
+        prompts.append(Prompt(text, seed + i, Scene(background, "", items), tuple(chosen)))
     return prompts
 
 
@@ -160,4 +163,3 @@ def _single(form: str, word: str, name: str, scene: Scene) -> Prompt:
 
 def _rng(key: str, seed: int) -> np.random.Generator:
     return np.random.default_rng(seeded(key, seed).initial_seed())
-

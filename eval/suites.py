@@ -19,7 +19,6 @@ from eval.rates import (
     Shown,
     background_right,
     by_object,
-    draws,
     drawn_instead,
     drawn_well,
     most_drawn,
@@ -95,8 +94,8 @@ class Suite:
         before, after = self.both([prompt for target in targets for prompt in self._by_name(target)], "erased")
         groups = self._by_target(targets, before, after)
         for name, (old, new) in groups.items():
-            first, second = target_accuracy(old, erased), target_accuracy(new, erased)
-            counts = share(old, lambda item: draws(item, {name}) and object_right(item)).value >= DRAWN_WELL
+            first, second = target_accuracy(old, {name}), target_accuracy(new, erased)
+            counts = first.value >= DRAWN_WELL
             self.report.per_concept[name] = {"role": "erased", **second.as_json(), "before": first.value, "counts": counts}
         counted = [name for name in groups if self.report.per_concept[name]["counts"]]
         old, new = ([item for name in counted for item in groups[name][side]] for side in (0, 1))

@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from eval import prompts as make
 from eval.alignment import Clip, load_metric_clip, world_pairs
-from eval.intervals import Estimate, mean, rate, ratio
+from eval.intervals import NOTHING, Estimate, mean, rate
 from eval.rates import Painter, Shown, background_right, by_object, object_right, place_right, share, style_right, version
 from toolkit.runs import seeded, timed, write_atomic
 from toolkit.world.oracle import NONE, Oracle, load_oracle
@@ -158,7 +158,7 @@ def held_out_ratio(shown: Sequence[Shown]) -> Estimate:
     unseen, seen = ([object_right(item) for item in shown if item.prompt.held_out is held_out] for held_out in (True, False))
     first, second = sum(unseen), sum(seen)
     if not first or not second:
-        return ratio([], [])
+        return NOTHING
     value = (first / len(unseen)) / (second / len(seen))
     spread = 1.96 * math.sqrt(1 / first - 1 / len(unseen) + 1 / second - 1 / len(seen))
     return Estimate(value, value * math.exp(-spread), value * math.exp(spread), len(unseen))

@@ -89,9 +89,9 @@ def _convert(method: str, key: str, value: Any, kind: Any) -> Any:
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     try:
-        if kind in (int, float, str) and not isinstance(value, bool) and kind(value) == type(kind(value))(value):
-            if kind is not int or not isinstance(value, float) or value.is_integer():
-                return kind(value)
+        fraction = kind is int and isinstance(value, float) and not value.is_integer()
+        if kind in (int, float, str) and not isinstance(value, bool) and not fraction and kind(value) == kind(value):  # not NaN
+            return kind(value)
     except (TypeError, ValueError):
         pass
     raise UserError(f"option {key} of {method} is {value!r}, needs {getattr(kind, '__name__', kind)}; give such a value")

@@ -49,6 +49,8 @@ class TokenRows(nn.Module):
             raise UserError(f"{vectors} vectors for each token, needs at least 1; give a larger number")
         self._model = model
         embeddings, tokenizers = model.arch.token_embeddings(), model.arch.tokenizers()
+        if any(embedding.weight.device.type != model.arch.device.type for embedding in embeddings.values()):
+            raise UserError("parts of the model are offloaded, and words are found with all of them in place; load it without --offload")
         start = TokenEdit.from_rows(
             {
                 token: {

@@ -44,7 +44,7 @@ KINDS = {
     "edit": Kind("edit kind", ("toolkit/edits/*.py",), "toolkit.edits.base.Edit"),
     "attack": Kind("attack", ("eval/attacks/*.py",), "eval.attacks.base.Attack"),
     "metric": Kind("metric", ("eval/metrics/*.py",), "eval.metrics.base.Metric"),
-    "command": Kind("command", tuple(f"{room}/commands/*.py" for room in ("toolkit", "pipelines", "trainers", "eval")), None),
+    "command": Kind("command", (*(f"{room}/commands/*.py" for room in ("toolkit", "pipelines", "trainers", "eval")), "app.py"), None),
 }
 
 

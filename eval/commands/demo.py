@@ -20,6 +20,8 @@ HELP = "erase, customize, attack and report on the embedded model, end to end"
 
 WEAPON, ERASER = "pistol", "rece"
 SUBJECT, CLASS_NAME, TOKEN, STYLE, LEARNER = "penguin", "bird", "<pal>", "noto", "textual_inversion"
+ERASER_OPTIONS: dict[str, Any] = {}
+LEARNER_OPTIONS: dict[str, Any] = {}
 PICTURES = (("blue", "center"), ("yellow", "center"), ("green", "left"), ("pink", "right"), ("gray", "center"))
 IMAGES, STEPS = 24, 12  # images per measurement and denoising steps: few, so that two cores need minutes
 
@@ -88,8 +90,11 @@ class Demo:
         print(f"[{time.perf_counter() - self._start:4.0f} s] {text}", file=sys.stderr, flush=True)
 
     def row(self, what: str, after: Estimate, before: Estimate | None = None) -> None:
-        """Add a measurement to the table."""
-        self.rows.append({"what": what, "before": str(before) if before else "", "after": str(after), "n": after.n})
+        """Add a measurement with its interval to the table, and the unedited model's where there is one."""
+        first = before.as_json() if before else dict.fromkeys(("value", "low", "high"), "")
+        second = after.as_json()
+        was = {"before": first["value"], "from": first["low"], "to": first["high"]}
+        self.rows.append({"what": what, **was, "after": second["value"], "low": second["low"], "high": second["high"], "n": after.n})
 
     def save(self, edit: Edit, name: str) -> None:
         """Write an edit into its folder."""
@@ -114,7 +119,7 @@ class Demo:
         thing = self.world.things[WEAPON]
         others = tuple(name for name in self.world.names("scored") if name != WEAPON)
         task = EraseTask((Concept(WEAPON, synonyms=thing.given),), preserve=others)
-        edit = registry.load("method", ERASER)().fit(self.model, task)
+        edit = registry.load("method", ERASER).from_config(ERASER_OPTIONS).fit(self.model, task)
         self.save(edit, "erased")
         return edit
 
@@ -161,7 +166,8 @@ class Demo:
         from toolkit.concepts import CustomizeTask
 
         self.say(f"learning {TOKEN}, a {SUBJECT} that the model has never seen, from {len(PICTURES)} pictures with {LEARNER}")
-        edit = registry.load("method", LEARNER)().fit(self.model, CustomizeTask((subject(self.world, self.out / "images"),)))
+        task = CustomizeTask((subject(self.world, self.out / "images"),))
+        edit = registry.load("method", LEARNER).from_config(LEARNER_OPTIONS).fit(self.model, task)
         self.save(edit, "learned")
         return edit
 

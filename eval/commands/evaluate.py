@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.commands import MODEL_HELP, add_model_arguments, open_model, pairs
+from toolkit.commands import add_model_arguments, open_model, pairs
 from toolkit.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def run(args: Namespace) -> dict[str, Any]:
     for option, value in (("--n", args.n), ("--steps", args.steps), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}, needs at least 1; give a larger number")
+    if args.prompts and (args.erased or args.learned):
+        raise UserError("--prompts measures alignment only, and --erased or --learned was given too; run evaluate once for each")
     asked = read_prompts(args.prompts) if args.prompts else []
     args.n = args.n or (1 if asked else 64)
     out = check_writable(args.out) if args.out else None
@@ -150,8 +152,6 @@ def alignment(args: Namespace, model: Model, asked: list[tuple[str, int | None]]
     from toolkit.runs import progress
     from toolkit.sample import sample
 
-    if args.erased or args.learned:
-        raise UserError("--prompts measures alignment only, and --erased or --learned was given too; run evaluate once for each")
     if not args.clip and not knows_world(model):
         raise UserError(f"{args.model} does not draw the embedded world, which the own CLIP knows only; give --clip SOURCE too")
     clip = open_clip(args)
@@ -162,9 +162,7 @@ def alignment(args: Namespace, model: Model, asked: list[tuple[str, int | None]]
         for start in range(0, len(each), CHUNK):
             texts, seeds = zip(*each[start : start + CHUNK], strict=True)
             with progress(f"{label} {start}/{len(each)}") as show:
-                pixels = sample(
-                    drawing, texts, seeds, steps=args.steps, guidance=args.guidance, batch_size=args.batch_size, progress=show
-                )
+                pixels = sample(drawing, texts, seeds, steps=args.steps, guidance=args.guidance, batch_size=args.batch_size, progress=show)
             cosines += clip.similarity(pixels, texts).tolist()
         estimate = mean(cosines, [text for text, _ in each])
         metrics[label] = {**estimate.as_json(), "measured_by": clip.measured_by}

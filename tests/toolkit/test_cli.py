@@ -71,7 +71,8 @@ def test_generate_writes_the_images_that_sample_gives(folder: str, tmp_path: Pat
     names = [f"{i:04d}.png" for i in range(4)]
     assert [Path(name).name for name in result["images"]] == names
     rows = json.loads(Path(result["prompts"]).read_text())
-    assert rows == [{"file": n, "prompt": p, "seed": s} for n, (p, s) in zip(names, [("a cat", 5), ("a cat", 6), ("a dog", 5), ("a dog", 6)], strict=True)]
+    pairs = [("a cat", 5), ("a cat", 6), ("a dog", 5), ("a dog", 6)]
+    assert rows == [{"file": file, "prompt": prompt, "seed": seed} for file, (prompt, seed) in zip(names, pairs, strict=True)]
     expected = sample(load_model(folder), ["a cat", "a dog"], [6, 5], steps=2)
     for file, pixels in zip(result["images"][1:3], expected, strict=True):
         with Image.open(file) as image:
@@ -83,7 +84,8 @@ def test_generate_writes_the_images_that_sample_gives(folder: str, tmp_path: Pat
 
 
 def test_erase_writes_a_complete_result(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    described = ("--concept", "cat", "--synonyms", "kitty", "tabby", "--anchor", "dog", "--preserve", "a car", "--set", "lamb=0.1", "rows=last_subject")
+    words = ("--concept", "cat", "--synonyms", "kitty", "tabby", "--anchor", "dog", "--preserve", "a car")
+    described = (*words, "--set", "lamb=0.1", "rows=last_subject")
     result = call(capsys, "erase", "--model", folder, "--method", "uce", *described, "--out", tmp_path)
     assert set(result) == {"edit", "method", "config", "seconds", "peak_memory_mb", "edit_bytes"}
     assert (result["method"], result["config"]["lamb"], result["config"]["rows"]) == ("uce", 0.1, "last_subject")
@@ -112,17 +114,19 @@ def test_synonyms_and_anchors_of_several_concepts(folder: str, tmp_path: Path, c
 
 def test_edit_option_attaches_with_its_scale(folder: str, edits: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = f"{edits[0]}/edit.safetensors"
+    drawing = ("generate", "--model", folder, "--prompt", "a cat", "--out", tmp_path)
 
     def image(*options: str) -> bytes:
-        return Path(call(capsys, "generate", "--model", folder, "--prompt", "a cat", "--steps", 2, *options, "--out", tmp_path)["images"][0]).read_bytes()
+        result = call(capsys, *drawing, "--steps", 2, *options)
+        return Path(result["images"][0]).read_bytes()
 
     plain = image()
     assert image("--edit", file + "@0") == plain
     assert image("--edit", file) == image("--edit", edits[0] + "@1.0") != plain
-    assert "has the scale 'half', needs a number" in fails(capsys, "generate", "--model", folder, "--prompt", "a", "--edit", file + "@half", "--out", tmp_path)
+    assert "has the scale 'half', needs a number" in fails(capsys, *drawing, "--edit", file + "@half")
 
 
-def test_compose_merges_low_rank_edits_into_their_sum(folder: str, edits: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compose_merges_low_rank_edits_into_their_sum(edits: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = call(capsys, "compose", edits[0] + "@0.5", edits[1], "--out", tmp_path)
     assert result["kind"] == "low_rank" and result["edit_bytes"] > 0
     composed, (cat, dog) = load_edit(Path(result["edit"])), (load_edit(Path(out) / "edit.safetensors") for out in edits)
@@ -159,7 +163,7 @@ def test_compose_tells_an_edit_of_another_base(edits: list[str], tmp_path: Path,
 def test_mistakes_get_one_line(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ("--out", tmp_path)
     erase = ("erase", "--model", folder, "--method", "uce", "--concept", "cat", *out)
-    assert "unknown command 'eraze'; did you mean erase?" in fails(capsys, "eraze")
+    assert "unknown command 'eraze'; did you mean erase" in fails(capsys, "eraze")
     assert "unknown method 'ucee'; did you mean uce" in fails(capsys, "erase", "--method", "ucee", "--concept", "cat", *out)
     assert "unknown option of uce 'lam'; did you mean lamb?" in fails(capsys, *erase, "--set", "lam=1")
     assert "option lamb of uce is 'much', needs float" in fails(capsys, *erase, "--set", "lamb=much")
@@ -243,5 +247,6 @@ def test_help_loads_no_torch(argv: list[str]) -> None:
 
 
 def test_render_makes_tables_of_records() -> None:
-    text = render({"edit": "a", "n": 0.123456, "config": {"x": 1}, "rows": [{"name": "uce", "n": 1}, {"name": "longer"}], "of": {"cat": {"n": 2}}})
+    rows = [{"name": "uce", "n": 1}, {"name": "longer"}]
+    text = render({"edit": "a", "n": 0.123456, "config": {"x": 1}, "rows": rows, "of": {"cat": {"n": 2}}})
     assert text.splitlines() == ["edit: a", "n: 0.1235", "config: x=1", "name    n", "uce     1", "longer", "of   n", "cat  2"]

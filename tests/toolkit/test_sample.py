@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +26,18 @@ def model(request: pytest.FixtureRequest) -> Model:
 def calls(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
     """How many rows each call of encode and predict had."""
     seen: dict[str, list[int]] = {"encode": [], "predict": []}
-    for name in seen:
+
+    def counting(name: str) -> Callable[..., Any]:
         real = getattr(model.arch, name)
-        monkeypatch.setattr(model.arch, name, lambda first, *rest, n=name, f=real, **kw: (seen[n].append(len(first)), f(first, *rest, **kw))[1])
+
+        def count(first: Any, *rest: Any) -> Any:
+            seen[name].append(len(first))
+            return real(first, *rest)
+
+        return count
+
+    for name in seen:
+        monkeypatch.setattr(model.arch, name, counting(name))
     yield seen
 
 
@@ -37,7 +47,8 @@ def test_agrees_with_the_pipeline_of_diffusers(model: Model) -> None:
     latents = noise(PROMPTS, SEEDS, arch.latent_shape(arch.image_size, arch.image_size))
     try:
         pipe.set_progress_bar_config(disable=True)
-        theirs = pipe(PROMPTS, negative_prompt=["a dog"] * 4, latents=latents, num_inference_steps=steps, guidance_scale=3.0, output_type="pt")
+        options = {"negative_prompt": ["a dog"] * 4, "num_inference_steps": steps, "guidance_scale": 3.0, "output_type": "pt"}
+        theirs = pipe(PROMPTS, latents=latents, **options)
     finally:
         pipe.scheduler = kept
     ours = sample(model, PROMPTS, SEEDS, steps=steps, guidance=3.0, negative="a dog")

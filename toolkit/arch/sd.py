@@ -198,6 +198,10 @@ class SD(Architecture):
 
     def scheduler(self, steps: int) -> DPMSolverMultistepScheduler:
         config = {**self.pipe.scheduler.config, "algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
+        # "leading" is what other schedulers do unless told, and begins below the noisiest step. diffusers replaces it by this
+        # solver's "linspace" as long as it is unspoken; a saved model speaks it out, and has to draw the same images.
+        if config["timestep_spacing"] == "leading":
+            config["timestep_spacing"] = "linspace"
         scheduler: Any = DPMSolverMultistepScheduler.from_config(config)
         scheduler.set_timesteps(steps, device=self.device)
         return scheduler

@@ -71,11 +71,14 @@ def _info(edits: Sequence[Edit]) -> Any:
 
 def _problems(names: Sequence[str], edits: Sequence[Edit]) -> list[tuple[str, str]]:
     """(edit, what is wrong) for edits of another base than the first, or that change what an earlier one was fitted to."""
+    from toolkit.fingerprint import same_base
+
     found = []
     for index, (name, edit) in enumerate(zip(names, edits, strict=True)):
         for earlier_name, earlier in zip(names[:index], edits, strict=False):
             if clash := earlier.reads & edit.writes:
-                found.append((name, f"changes the {' and '.join(sorted(clash))} that {earlier_name} was fitted to; give it before that one"))
-        if edit.info.base and edits[0].info.base and edit.info.base != edits[0].info.base:
+                changed = " and ".join(sorted(clash))
+                found.append((name, f"changes the {changed} that {earlier_name} was fitted to; give it before that one"))
+        if not same_base(edit.info.base, edits[0].info.base):
             found.append((name, f"was fitted on another base than {names[0]}; fit both on the same model"))
     return found

@@ -108,10 +108,10 @@ class TokenEdit(Edit):
 
 def _extend_tokenizer(tokenizer: Any, rows: Mapping[str, Tensor]) -> Any:
     """A copy of the tokenizer that also knows the tokens' words."""
-    extended = copy.deepcopy(tokenizer)
+    extended, known = copy.deepcopy(tokenizer), tokenizer.get_vocab()
     for token, vectors in rows.items():
         for name in vector_names(token, len(vectors)):
-            if not extended.add_tokens(name):
+            if name in known or not extended.add_tokens(name):
                 raise UserError(f"token {name!r} is already a word of the tokenizer; rename the token or detach the edit that has it")
     return extended
 

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eval.attacks.base import Attack, Scenario
+from eval.attacks.closed_form_preimage import ClosedFormPreimage, ReplaceText
+from eval.attacks.paraphrase import Paraphrase
+from eval.prompts import Prompt, resolve
+from eval.rates import Painter
+from tests.eval.images import Renderer, reading
+from toolkit import registry
+from toolkit.edits.token import TokenEdit
+from toolkit.errors import UserError
+from toolkit.model import Model
+from toolkit.sample import sample
+from toolkit.world.oracle import Oracle, Reading
+from toolkit.world.scenes import World
+
+
+def by_name(prompt: Prompt) -> Reading | None:
+    """An edit that erases the name only."""
+    return reading({}, background=prompt.scene.background) if "pistol" in prompt.words else None
+
+
+def scenario(world: World, painter: Painter, model: Model, concept: str = "pistol") -> Scenario:
+    return Scenario(world, painter, model, model.reference(), resolve(world, concept), n=8)
+
+
+@pytest.mark.parametrize("name", registry.names("attack"))
+def test_an_attack_says_what_it_is_and_keeps_its_options(name: str) -> None:
+    attack = registry.load("attack", name)
+    assert issubclass(attack, Attack) and attack.name() == name
+    assert attack.label in ("white-box", "text-only")
+    assert attack.from_config(attack().config()) == attack()
+    assert not attack.paper or attack.paper.removeprefix("arXiv:") in (attack.__doc__ or "")
+    with pytest.raises(UserError, match="option"):
+        attack.from_config({"nonsense": 1})
+
+
+def test_both_attacks_are_found() -> None:
+    assert {"closed_form_preimage", "paraphrase"} <= set(registry.names("attack"))
+
+
+def test_paraphrase_finds_what_was_erased_by_name_only(world: World, untrained: Oracle, edited: Model) -> None:
+    found = Paraphrase().run(scenario(world, Renderer(untrained, spoil=by_name), edited))
+    assert found.attack_success_rate.value == 1
+    assert found.clean_rate.value == 0
+    words = world.things["pistol"].held_back
+    assert all(any(word in prompt for word in words) for prompt in found.prompts)
+
+
+def test_paraphrase_is_relative_to_what_the_base_draws(world: World, untrained: Oracle, edited: Model) -> None:
+    def half(prompt: Prompt) -> Reading | None:
+        blind = "pistol" not in prompt.words and prompt.scene.style == ""
+        return reading({}, background=prompt.scene.background) if blind else None
+
+    found = Paraphrase().run(scenario(world, Renderer(untrained, spoil=half, always=True), edited))
+    assert found.relative
+    assert found.attack_success_rate.value == 1
+    assert 0 < found.attack_success_rate.n < 8
+
+
+def test_an_attack_needs_a_concept_that_the_base_draws(world: World, untrained: Oracle, edited: Model) -> None:
+    with pytest.raises(UserError, match="does not draw pistol well"):
+        Paraphrase().run(scenario(world, Renderer(untrained, spoil=by_name, always=True), edited))
+
+
+def test_an_attack_needs_an_edit_and_an_object(world: World, untrained: Oracle, edited: Model) -> None:
+    with pytest.raises(UserError, match="is a style"):
+        scenario(world, Renderer(untrained), edited, "noto")
+    edited.detach_all()
+    with pytest.raises(UserError, match="no edit is attached"):
+        scenario(world, Renderer(untrained), edited)
+
+
+def test_the_preimage_undoes_an_invertible_change(tiny: Model) -> None:
+    # Every layer W0 becomes W0 (I + D): then c (I + D)^-T is answered as c was, exactly.
+    torch.manual_seed(0)
+    base = tiny.reference()
+    width = next(iter(tiny.arch.text_linears().values())).in_features
+    change = torch.eye(width) + 0.1 * torch.randn(width, width)
+    for layer in tiny.arch.text_linears().values():
+        layer.weight.data = layer.weight.data @ change
+    inverse = ClosedFormPreimage(reg=0.0).inverse(tiny, base).float()
+    rows = torch.randn(5, width)
+    for new, old in zip(tiny.arch.text_linears().values(), base.arch.text_linears().values(), strict=True):
+        assert torch.allclose(new(rows @ inverse), old(rows), atol=1e-3)
+
+
+def test_the_preimage_brings_the_base_images_back(tiny: Model) -> None:
+    torch.manual_seed(0)
+    base = tiny.reference()
+    width = next(iter(tiny.arch.text_linears().values())).in_features
+    change = torch.eye(width)
+    change[:, 0] += 0.5 * torch.randn(width)
+    for layer in tiny.arch.text_linears().values():
+        layer.weight.data = layer.weight.data @ change
+    hook = ReplaceText(base, ClosedFormPreimage(reg=1e-9).inverse(tiny, base))
+    prompts, seeds = ["a picture", "a photo"], [0, 1]
+    wanted = sample(base, prompts, seeds, steps=2, guidance=1.0)
+    plain = sample(tiny, prompts, seeds, steps=2, guidance=1.0)
+    attacked = sample(tiny, prompts, seeds, steps=2, guidance=1.0, hooks=[hook])
+    assert (attacked - wanted).abs().max() < 0.5 * (plain - wanted).abs().max()  # BOS alone is not replaced
+
+
+def test_the_preimage_attack_runs_and_leaves_the_models_alone(world: World, untrained: Oracle, edited: Model) -> None:
+    before = {name: p.clone() for name, p in edited.arch.components()["denoiser"].named_parameters()}
+    found = ClosedFormPreimage().run(scenario(world, Renderer(untrained, spoil=by_name), edited))
+    assert found.clean_rate.value == 0
+    assert found.attack_success_rate.value == 1  # the renderer draws the truth under hooks
+    assert all(torch.equal(p, before[name]) for name, p in edited.arch.components()["denoiser"].named_parameters())
+
+
+def test_the_preimage_attack_needs_edited_layers(tiny: Model) -> None:
+    width = tiny.arch.token_embeddings()["text_encoder"].embedding_dim
+    base = tiny.reference()
+    tiny.attach(TokenEdit.from_rows({"<toy>": {"text_encoder": torch.randn(1, width)}}))
+    with pytest.raises(UserError, match="do not change the layers"):
+        ClosedFormPreimage().inverse(tiny, base)

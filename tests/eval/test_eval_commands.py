@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import eval.alignment
+import toolkit.model
+import toolkit.world.oracle
+from eval.alignment import world_clip
+from eval.commands.evaluate import read_prompts
+from tests.eval.images import Renderer, reading
+from toolkit.arch.sd import SD
+from toolkit.cli import main
+from toolkit.edits.low_rank import LowRank
+from toolkit.edits.token import TokenEdit
+from toolkit.errors import UserError
+from toolkit.io.files import load_edit, save_edit
+from toolkit.model import Model
+from toolkit.world.oracle import Oracle
+from trainers.world.clip import build_clip, clip_config
+
+SMALL = ("--n", 1, "--steps", 1, "--metrics", "kid")
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, untrained: Oracle, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tiny random models in place of the shipped ones, and an edit of the layers that read text."""
+    model = Model(SD.tiny())
+    model.save(tmp_path / "emoji-sd")
+    torch.manual_seed(0)
+    clip = world_clip(build_clip(clip_config(len(model.arch.tokenizers()["text_encoder"]))), model.arch.tokenizers()["text_encoder"])
+    monkeypatch.setattr(toolkit.model, "EMBEDDED", tmp_path / "emoji-sd")
+    monkeypatch.setattr(toolkit.world.oracle, "load_oracle", lambda: untrained)
+    monkeypatch.setattr(eval.alignment, "load_metric_clip", lambda: clip)
+    deltas = {site: 0.1 * torch.randn_like(layer.weight) for site, layer in model.arch.text_linears().items()}
+    save_edit(LowRank.from_deltas(deltas), tmp_path / "erased.safetensors")
+    width = model.arch.token_embeddings()["text_encoder"].embedding_dim
+    save_edit(TokenEdit.from_rows({"<pal>": {"text_encoder": torch.randn(1, width)}}), tmp_path / "learned.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that show what was asked for, without pistols once a model is edited."""
+
+    class Erasing(Renderer):
+        def __init__(self, *options: Any) -> None:
+            super().__init__(*options, spoil=lambda p: reading({}, background=p.scene.background) if "pistol" in p.words else None)
+
+    monkeypatch.setattr("eval.rates.Painter", Erasing)
+
+
+def result(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    code = main(["--json", *map(str, argv)])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out.splitlines()[-1])
+
+
+def test_evaluate_runs_on_the_model_it_is_given(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(capsys, "evaluate", "--n", 1, "--steps", 1, "--out", shipped / "out")
+    assert set(found["metrics"]) == {"accuracy", "style_accuracy", "background_accuracy", "clip_t"}
+    assert found["metrics"]["accuracy"]["measured_by"]["threshold"] == 0.5
+    assert len(found["per_concept"]) == 72
+    assert json.loads((shipped / "out" / "report.json").read_text()) == found
+    assert [Path(file).name for file in found["files"]] == ["retained.png"]
+
+
+@pytest.mark.usefixtures("rendered")
+def test_evaluate_tells_what_is_erased(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit = shipped / "erased.safetensors"
+    found = result(capsys, "evaluate", "--edit", edit, "--erased", "gun", "--n", 4, "--anchor", "knife", "--out", shipped / "out")
+    metrics = found["metrics"]
+    assert metrics["target_accuracy"]["value"] == 0
+    assert metrics["target_accuracy_held_back_synonyms"]["value"] == 1
+    assert metrics["instead_anchor"]["value"] == 0
+    assert metrics["retain_accuracy"]["value"] == 1
+    assert {"instead_kid", "clip_t"} <= metrics.keys()
+    assert found["per_concept"]["pistol"]["role"] == "erased"
+    assert (shipped / "out" / "erased.png").is_file()
+
+
+@pytest.mark.usefixtures("rendered")
+def test_evaluate_tells_what_is_learnt(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit = shipped / "learned.safetensors"
+    found = result(capsys, "evaluate", "--edit", edit, "--learned", "<pal>=penguin", "--n", 4, "--metrics", "kid")
+    assert found["metrics"]["learned_accuracy:<pal>"]["value"] == 1
+    assert found["metrics"]["learned_accuracy:<pal>"]["n"] == 4
+    assert "clip_t" not in found["metrics"]
+
+
+def test_evaluate_compares_with_a_given_base(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model(SD.tiny(seed=1))
+    model.save(shipped / "other")
+    found = result(capsys, "evaluate", "--model", shipped / "other", "--base", shipped / "emoji-sd", *SMALL)
+    assert "retain_accuracy" in found["metrics"]
+
+
+def test_evaluate_measures_alignment_on_prompts(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shipped / "prompts.csv").write_text('prompt,evaluation_seed\n"a dog, a cat",3\na frog,4\n')
+    edit = shipped / "erased.safetensors"
+    found = result(capsys, "evaluate", "--edit", edit, "--prompts", shipped / "prompts.csv", "--steps", 1)
+    assert set(found["metrics"]) == {"clip_t", "clip_t_before"}
+    assert found["metrics"]["clip_t"]["n"] == 2
+
+
+def test_attack_gives_its_keys(shipped: Path, capsys: pytest.CaptureFixture[str], rendered: None) -> None:
+    argv = ("attack", "--edit", shipped / "erased.safetensors", "--concept", "pistol", "--n", 4, "--out", shipped / "attack")
+    for method in ("paraphrase", "closed_form_preimage"):
+        found = result(capsys, *argv, "--method", method)
+        assert (found["attack_success_rate"], found["clean_rate"], found["n"]) == (1.0, 0.0, 4)
+        assert found["attack_success_rate_interval"][0] < 1
+        assert found["seconds"] >= 0
+        assert json.loads((shipped / "attack" / "result.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("evaluate", "--erased", "pistl"), "did you mean pistol"),
+        (("evaluate", "--erased", "pistol", "--anchor", "knif"), "did you mean knife"),
+        (("evaluate", "--n", "0"), "--n is 0"),
+        (("evaluate", "--learned", "<pal>"), "not of the form K=V"),
+        (("evaluate", "--learned", "<pal>=penguin"), "attach the edit"),
+        (("evaluate", "--prompts", "nowhere.txt"), "no file"),
+        (("attack", "--method", "paraphase", "--concept", "pistol", "--out", "OUT"), "did you mean paraphrase"),
+        (("attack", "--method", "paraphrase", "--concept", "pistol", "--set", "word=all", "--out", "OUT"), "did you mean words"),
+        (("attack", "--method", "paraphrase", "--concept", "pistol", "--out", "OUT"), "no edit is attached"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(shipped: Path, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], said: str) -> None:
+    code = main([word.replace("OUT", str(shipped / "attack")) for word in argv])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert said in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_a_model_of_another_world_needs_prompts(shipped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.commands.evaluate.embedded_vocabulary", lambda folder: {"emoji</w>": 7})
+    assert main(["evaluate", "--model", str(shipped / "emoji-sd")]) == 2
+    assert "only its alignment with given prompts" in capsys.readouterr().err
+    (shipped / "prompts.txt").write_text("a dog\n")
+    assert main(["evaluate", "--prompts", str(shipped / "prompts.txt")]) == 2
+    assert "give --clip SOURCE" in capsys.readouterr().err
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    def written(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    assert read_prompts(written("a.txt", "a dog\n\n a cat \n")) == [("a dog", None), ("a cat", None)]
+    assert read_prompts(written("a.csv", "case,prompt\n1,a dog\n")) == [("a dog", None)]
+    for name, text, said in (
+        ("b.csv", "words\na dog\n", "must be called prompt"),
+        ("c.csv", "prompt,seed\na dog,x\n", "no number"),
+        ("d.txt", "\n", "no prompt"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_prompts(written(name, text))
+
+
+def test_the_demo_goes_from_end_to_end(
+    shipped: Path, capsys: pytest.CaptureFixture[str], rendered: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval.commands.demo.LEARNER_OPTIONS", {"max_train_steps": 2})
+    out = shipped / "demo"
+    found = result(capsys, "demo", "--out", out)
+    rows = {row["what"]: row for row in found["results"]}
+    assert rows["pistol drawn"]["before"] == 1
+    assert rows["pistol drawn"]["after"] == 0
+    assert rows["composed: pistol drawn"]["after"] == 0
+    assert rows["other objects right"]["n"] == 71
+    assert all({"what", "before", "after", "low", "high", "n"} <= row.keys() for row in found["results"])
+    assert len(list((out / "images").glob("*.png"))) == 5
+    assert [Path(edit).parent.name for edit in found["edits"]] == ["erased", "learned", "composed"]
+    composed = load_edit(found["edits"][-1])
+    assert {part.kind() for part, _ in composed.parts()} == {"low_rank", "token"}
+    assert all(Path(picture).is_file() for picture in found["pictures"])
+    assert json.loads((out / "report.json").read_text()) == found
