@@ -9,7 +9,7 @@ The templates are fixed:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
@@ -52,11 +52,21 @@ class Prompt:
 
 
 def single(
-    world: World, name: str, n: int, *, seed: int = 0, words: Sequence[str] = (), places: Sequence[str] = ("center",)
+    world: World,
+    name: str,
+    n: int,
+    *,
+    seed: int = 0,
+    words: Sequence[str] = (),
+    places: Sequence[str] = ("center",),
+    without: Collection[str] = (),
 ) -> list[Prompt]:
-    """n prompts for one object, spread over templates, styles, backgrounds, `places` and `words` (its name, if empty)."""
+    """n prompts for one object, spread over templates, styles, backgrounds, `places` and `words` (its name, if empty).
+
+    without: styles that are not asked for.
+    """
     words = tuple(words) or (name,)
-    forms = [*product(PLAIN, [""]), *product(STYLED, world.styles)]
+    forms = [*product(PLAIN, [""]), *product(STYLED, [style for style in world.styles if style not in without])]
     prompts = [
         _single(form, word, name, Scene(background, style, ((place, name),)))
         for (form, style), background, place, word in product(forms, BACKGROUNDS, places, words)
@@ -97,10 +107,10 @@ def empty(n: int, *, seed: int = 0) -> list[Prompt]:
     return spread(prompts, n, seed, "empty")
 
 
-def objects(world: World, names: Sequence[str], n: int, *, seed: int = 0) -> list[Prompt]:
-    """At least n single-object prompts, the same number for each name."""
+def objects(world: World, names: Sequence[str], n: int, *, seed: int = 0, without: Collection[str] = ()) -> list[Prompt]:
+    """At least n single-object prompts, the same number for each name. without: styles that are not asked for."""
     each = -(-n // len(names))
-    return [prompt for name in names for prompt in single(world, name, each, seed=seed)]
+    return [prompt for name in names for prompt in single(world, name, each, seed=seed, without=without)]
 
 
 def learned(token: str, name: str, n: int, *, seed: int = 0) -> list[Prompt]:

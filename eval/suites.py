@@ -167,8 +167,8 @@ class Suite:
         by = self.painter.measured_by()
         erased = {name for target in targets for name in target.names}
         names = [name for name in self.world.names("scored") if name not in erased]
-        asked = make.objects(self.world, names, RETAINED_PER_ERASED * self.n, seed=self.seed)
-        before, after = self.both([prompt for prompt in asked if prompt.scene.style not in erased], "retained")
+        asked = make.objects(self.world, names, RETAINED_PER_ERASED * self.n, seed=self.seed, without=erased)
+        before, after = self.both(asked, "retained")
         if targets:
             self._compared(before, after, by)
         else:

@@ -20,7 +20,7 @@ from eval.intervals import NOTHING, Estimate, mean, rate
 from eval.rates import Painter, Shown, background_right, by_object, object_right, place_right, share, style_right, version
 from toolkit.runs import seeded, timed, write_atomic
 from toolkit.world.oracle import NONE, Oracle, load_oracle
-from toolkit.world.scenes import BACKGROUNDS, PLACES, Scene, World, blank, held_out_triple, jittered_side, load_world, pick, random_scene
+from toolkit.world.scenes import BACKGROUNDS, PLACES, Scene, World, blank, held_out_triple, load_world, pick, random_scene
 from trainers.world import clip as clip_recipe
 from trainers.world import oracle as oracle_recipe
 from trainers.world import unet as unet_recipe
@@ -111,8 +111,8 @@ def called_objects(world: World, oracle: Oracle, n: int) -> tuple[str, Estimate,
     canvases, places = [], []
     for _ in range(n):
         canvas, place = blank(pick(rng, list(BACKGROUNDS)), rng), pick(rng, list(PLACES))
-        sprite = world.sprite(pick(rng, world.names("scored", "held_out")), pick(rng, list(world.styles)), jittered_side(place, rng))
-        world.paste(canvas, place, oracle_recipe.spoil(world, sprite, rng), rng)
+        name, style = pick(rng, world.names("scored", "held_out")), pick(rng, list(world.styles))
+        oracle_recipe.place_loosely(canvas, place, world, name, style, rng, True)
         canvases.append(canvas)
         places.append(place)
     read = [reading.objects[place] for reading, place in zip(oracle.read(canvases), places, strict=True)]

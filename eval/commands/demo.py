@@ -22,7 +22,6 @@ WEAPON, ERASER = "pistol", "rece"
 SUBJECT, CLASS_NAME, TOKEN, STYLE, LEARNER = "penguin", "bird", "<pal>", "noto", "textual_inversion"
 ERASER_OPTIONS: dict[str, Any] = {}
 LEARNER_OPTIONS: dict[str, Any] = {}
-PICTURES = (("blue", "center"), ("yellow", "center"), ("green", "left"), ("pink", "right"), ("gray", "center"))
 IMAGES, STEPS = 24, 12  # images per measurement and denoising steps: few, so that two cores need minutes
 
 
@@ -162,11 +161,12 @@ class Demo:
     # --- learn ------------------------------------------------------------------------------------------------------
     def learn(self) -> Edit:
         """Render five pictures of an object that the model has never seen, and learn a word for it."""
+        from eval.subjects import PICTURES, subject
         from toolkit import registry
         from toolkit.concepts import CustomizeTask
 
         self.say(f"learning {TOKEN}, a {SUBJECT} that the model has never seen, from {len(PICTURES)} pictures with {LEARNER}")
-        task = CustomizeTask((subject(self.world, self.out / "images"),))
+        task = CustomizeTask((subject(self.world, self.out / "images", SUBJECT, CLASS_NAME, TOKEN, STYLE),))
         edit = registry.load("method", LEARNER).from_config(LEARNER_OPTIONS).fit(self.model, task)
         self.save(edit, "learned")
         return edit
@@ -203,24 +203,3 @@ class Demo:
         self.row(f"composed: {WEAPON} drawn", target_accuracy(armed, {WEAPON}))
         self.picture("composed", shown[:8], armed[:8])
         self.say("done")
-
-
-def subject(world: World, folder: Path) -> Any:
-    """Render the subject's pictures into a folder, with captions that say what else is in them."""
-    import numpy as np
-    from PIL import Image
-
-    from toolkit.concepts import Subject
-    from toolkit.images import save_png
-    from toolkit.runs import check_writable
-    from toolkit.world.captions import AT
-    from toolkit.world.scenes import Scene
-
-    check_writable(folder)
-    images, captions = [], []
-    for index, (background, place) in enumerate(PICTURES):
-        pixels, _ = world.render(Scene(background, STYLE, ((place, SUBJECT),)), np.random.default_rng(index))
-        images.append(save_png(Image.fromarray(pixels), folder / f"{index}.png"))
-        at = "" if place == "center" else f" {AT[place][0]}"
-        captions.append(f"a {TOKEN}{at} on a {background} background")
-    return Subject(TOKEN, CLASS_NAME, tuple(images), captions=tuple(captions))

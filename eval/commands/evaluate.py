@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,8 @@ def on_world(args: Namespace, model: Model, out: Path | None) -> dict[str, Any]:
     learned = pairs(args.learned, "--learned")
     suite = make_suite(args, model)
     files = []
+    if targets and not suite.edited:
+        warnings.warn("no edit is attached, so before and after are the same model; give --edit, or --base for a checkpoint", stacklevel=2)
     if targets:
         before, after = suite.erased(targets, anchor.name if anchor else None)
         if out:

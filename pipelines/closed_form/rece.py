@@ -91,11 +91,11 @@ class RECE(Method):
                 derived, target, keep, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale, lamb=self.lamb
             )
             change = change.then(step)
-            edits.append(as_edit(model, self, change, {"epoch": epoch}))
             if score is not None:
+                edits.append(as_edit(model, self, change, {"epoch": epoch}))
                 with model.attached(edits[-1]):
                     scores.append(score(model))
-        return edits[scores.index(max(scores))] if scores else edits[-1]
+        return edits[scores.index(max(scores))] if scores else as_edit(model, self, change, {"epoch": self.epochs})
 
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:

@@ -48,8 +48,8 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images that show what was asked for, without pistols once a model is edited."""
 
     class Erasing(Renderer):
-        def __init__(self, *options: Any) -> None:
-            super().__init__(*options, spoil=lambda p: reading({}, background=p.scene.background) if "pistol" in p.words else None)
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options, spoil=lambda p: reading({}, background=p.scene.background) if "pistol" in p.words else None)
 
     monkeypatch.setattr("eval.rates.Painter", Erasing)
 
@@ -183,3 +183,10 @@ def test_the_demo_goes_from_end_to_end(
     assert {part.kind() for part, _ in composed.parts()} == {"low_rank", "token"}
     assert all(Path(picture).is_file() for picture in found["pictures"])
     assert json.loads((out / "report.json").read_text()) == found
+
+
+def test_evaluate_warns_when_there_is_nothing_to_compare(shipped: Path, capsys: pytest.CaptureFixture[str], rendered: None) -> None:
+    assert main(["evaluate", "--erased", "pistol", *map(str, SMALL)]) == 0
+    captured = capsys.readouterr()
+    assert "no edit is attached" in captured.err
+    assert "target_accuracy" in captured.out

@@ -73,3 +73,9 @@ def test_words_are_resolved(world: World) -> None:
     assert resolve(world, "fluent  3D").kind == "style"
     with pytest.raises(UserError, match="did you mean pistol"):
         resolve(world, "pistl")
+
+
+def test_styles_can_be_left_out(world: World) -> None:
+    prompts = make.objects(world, ["dog", "cat"], 100, without={"noto"})
+    assert len(prompts) == 100
+    assert {p.scene.style for p in prompts} == {"", "twemoji", "fluent 3d", "fluent flat"}

@@ -143,7 +143,7 @@ def test_fitted_on_an_edited_model_the_current_weights_are_the_base(tiny, method
 @pytest.mark.parametrize("method", [UCE(), RECE(epochs=2)])
 def test_the_order_of_concepts_does_not_matter(tiny, method):
     concepts = Concept("cat", ("kitten",), "dog"), Concept("cow"), Concept("monet", kind="style")
-    deltas = [method.fit(tiny, EraseTask(order, preserve=("bird",))) for order in itertools.permutations(concepts)]
+    deltas = [method.fit(tiny, EraseTask(order, preserve=("bird",))) for order in (concepts, concepts[::-1], concepts[1:] + concepts[:1])]
     for other, site in itertools.product(deltas[1:], deltas[0].sites()):
         torch.testing.assert_close(other.delta(site), deltas[0].delta(site), rtol=1e-3, atol=1e-6)
 

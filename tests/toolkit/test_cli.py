@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from toolkit import registry
 from toolkit.arch.sd import SD
@@ -158,6 +159,23 @@ def test_compose_tells_an_edit_of_another_base(edits: list[str], tmp_path: Path,
     assert main(argv) == 0
     assert "palimpsest: warning:" in capsys.readouterr().err
     assert "was fitted on another base" in fails(capsys, *argv, "--strict")
+
+
+def test_export_writes_what_erase_exports(folder: str, edits: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    erase = ("erase", "--model", folder, "--method", "uce", "--concept", "cat", "--out", tmp_path / "erased")
+    (at_once,) = call(capsys, *erase, "--export", "diffusers-lora")["export"]
+    assert Path(at_once).parent == tmp_path / "erased" / "diffusers-lora"
+    exporting = ("export", edits[0], "--model", folder, "--format")
+    (later,) = call(capsys, *exporting, "diffusers-lora", "--out", tmp_path / "lora")["files"]
+    once, again = load_file(at_once), load_file(later)
+    assert once.keys() == again.keys() and all(torch.equal(once[key], again[key]) for key in once)
+    scaled = ("export", edits[0] + "@0.5", "--model", folder, "--format", "delta")
+    (half,) = call(capsys, *scaled, "--out", tmp_path / "half.safetensors")["files"]
+    (whole,) = call(capsys, *exporting, "delta", "--out", tmp_path / "whole.safetensors")["files"]
+    for key, delta in load_file(whole).items():
+        torch.testing.assert_close(load_file(half)[key], delta / 2)
+    assert "unknown export format 'deltas'; did you mean delta?" in fails(capsys, *exporting, "deltas", "--out", tmp_path)
+    assert "cannot be written as embedding" in fails(capsys, *exporting, "embedding", "--out", tmp_path)
 
 
 def test_mistakes_get_one_line(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,9 +30,11 @@ def naive(weight: Tensor, p: Problem, a: float, b: float, lamb: float) -> Tensor
     """One layer's weight by the normal equations written out, row by row."""
     left, right = lamb * weight, lamb * torch.eye(weight.shape[1], dtype=torch.float64)
     for c, g in zip(p.source, p.target, strict=True):
-        left, right = left + a * torch.outer(weight @ g, c), right + a * torch.outer(c, c)
+        left.addr_(weight @ g, c, alpha=a)
+        right.addr_(c, c, alpha=a)
     for k in p.keep:
-        left, right = left + b * torch.outer(weight @ k, k), right + b * torch.outer(k, k)
+        left.addr_(weight @ k, k, alpha=b)
+        right.addr_(k, k, alpha=b)
     return left @ torch.linalg.inv(right)
 
 

@@ -31,16 +31,20 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 246),
 }
 
-# Place -> (centre x, centre y, side of the object's square), in pixels.
+# Place -> (centre x, centre y, side of the object's square), in pixels. All corners have the same phase on the generator's
+# latent grid of 4 pixels, and objects are moved by whole cells only: how a sprite looks in latents does not depend on where
+# it is, so that a small model can know every one of them.
 PLACES: dict[str, tuple[int, int, int]] = {
     "center": (32, 32, 44),
-    "left": (16, 32, 29),
-    "right": (48, 32, 29),
+    "left": (16, 32, 28),
+    "right": (48, 32, 28),
     "top left": (16, 16, 28),
     "top right": (48, 16, 28),
     "bottom left": (16, 48, 28),
     "bottom right": (48, 48, 28),
 }
+CELL = 4  # pixels
+SHIFTS = {"center": (CELL, CELL), "left": (0, CELL), "right": (0, CELL)}  # how far an object may be moved in x and y
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 
 
@@ -110,34 +114,30 @@ class World:
         return self._resized[key]
 
     def render(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels [64, 64, 3] uint8 and one boolean mask per object [k, 64, 64]; position, size and colour vary a little."""
+        """Pixels [64, 64, 3] uint8 and one boolean mask per object [k, 64, 64]; position and colour vary a little."""
         canvas = blank(scene.background, rng)
         masks = np.zeros((len(scene.items), SIZE, SIZE), dtype=bool)
         for mask, (place, name) in zip(masks, scene.items, strict=True):
-            mask |= self.paste(canvas, place, self.sprite(name, scene.style, jittered_side(place, rng)), rng)
+            steps = rng.integers(-1, 2, size=2)
+            dx, dy = (int(step * most) for step, most in zip(steps, SHIFTS.get(place, (0, 0)), strict=True))
+            mask |= paste(canvas, place, self.sprite(name, scene.style, PLACES[place][2]), (dx, dy))
         return np.asarray(canvas), masks
 
-    @staticmethod
-    def paste(canvas: Image.Image, place: str, sprite: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        """Draw a sprite at a place, moved by up to 2 pixels; returns where it covers the canvas [64, 64] bool."""
-        x, y, _ = PLACES[place]
-        dx, dy = rng.integers(-2, 3, size=2)
-        corner = (int(x + dx - sprite.width // 2), int(y + dy - sprite.height // 2))
-        canvas.paste(sprite, corner, sprite)
-        cover = Image.new("L", (SIZE, SIZE))
-        cover.paste(sprite.getchannel("A"), corner)
-        return np.asarray(cover) > 127
+
+def paste(canvas: Image.Image, place: str, sprite: Image.Image, shift: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Draw a sprite at a place, moved by a shift in pixels; returns where it covers the canvas [64, 64] bool."""
+    x, y, _ = PLACES[place]
+    corner = (x + shift[0] - sprite.width // 2, y + shift[1] - sprite.height // 2)
+    canvas.paste(sprite, corner, sprite)
+    cover = Image.new("L", (SIZE, SIZE))
+    cover.paste(sprite.getchannel("A"), corner)
+    return np.asarray(cover) > 127
 
 
 def blank(background: str, rng: np.random.Generator) -> Image.Image:
     """An empty scene in a background colour, which varies by up to 6 levels a channel."""
     colour = np.clip(np.array(BACKGROUNDS[background]) + rng.integers(-6, 7, size=3), 0, 255)
     return Image.new("RGB", (SIZE, SIZE), tuple(int(c) for c in colour))
-
-
-def jittered_side(place: str, rng: np.random.Generator) -> int:
-    """The side of an object at a place, within 2 pixels of the usual one."""
-    return PLACES[place][2] + int(rng.integers(-2, 3))
 
 
 def held_out_triple(name: str, background: str, place: str) -> bool:

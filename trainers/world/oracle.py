@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from toolkit.world.oracle import NONE, Oracle, windows
-from toolkit.world.scenes import PLACES, Scene, World, blank, jittered_side, load_world, pick, random_scene
+from toolkit.world.scenes import PLACES, Scene, World, blank, load_world, paste, pick, random_scene
 from trainers.loop import LoopConfig, Objective, finish_leg, next_leg, train
 from trainers.world.vae import to_pixels
 
@@ -56,11 +56,20 @@ def draw(world: World, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarr
     canvas = blank(scene.background, rng)
     truth = dict.fromkeys(PLACES, NONE)
     for place, name in scene.items:
-        sprite = world.sprite(name, scene.style, jittered_side(place, rng))
         spoilt = rng.random() < SPOILT
-        world.paste(canvas, place, spoil(world, sprite, rng) if spoilt else sprite, rng)
+        place_loosely(canvas, place, world, name, scene.style, rng, spoilt)
         truth[place] = NONE if spoilt else name
     return np.asarray(canvas), truth
+
+
+def place_loosely(
+    canvas: Image.Image, place: str, world: World, name: str, style: str, rng: np.random.Generator, spoilt: bool
+) -> None:
+    """Draw an object, spoilt or not, up to 3 pixels (4 in the middle) beside its place and up to 2 larger or smaller."""
+    sprite = world.sprite(name, style, PLACES[place][2] + int(rng.integers(-2, 3)))
+    reach = 4 if place == "center" else 3
+    dx, dy = rng.integers(-reach, reach + 1, size=2)
+    paste(canvas, place, spoil(world, sprite, rng) if spoilt else sprite, (int(dx), int(dy)))
 
 
 def blemish(pixels: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Stage "unet": the denoiser of the embedded model, on latents and captions of a pool of scenes that is renewed as it is used up.
 
-v-prediction with uniform (stratified) timesteps, 10 % of captions dropped for classifier-free guidance, EMA weights. The text encoder
+v-prediction, timesteps that prefer the noisy end (where captions decide what is drawn), 10 % of captions dropped for classifier-free guidance, EMA weights. The text encoder
 and the autoencoder are frozen; their outputs are computed once per pool.
 """
 
@@ -83,8 +83,9 @@ class UNetObjective(Objective):
 
     @staticmethod
     def timesteps(n: int, device: torch.device) -> Tensor:
-        """One timestep in each of n equal intervals, shifted together at random: uniform, and evenly spread in a batch."""
-        return ((torch.rand(1) + torch.arange(n) / n) % 1 * 1000).long().to(device)
+        """1000 u^0.75 with one u in each of n equal intervals, shifted together at random."""
+        u = (torch.rand(1) + torch.arange(n) / n) % 1
+        return (1000 * u**0.75).long().clamp(max=999).to(device)
 
     def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         per_epoch = POOL // self.batch_size

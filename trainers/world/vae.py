@@ -34,7 +34,7 @@ KL_WEIGHT = 5e-5
 CROP, CROPS = 32, 64
 
 
-def training_scene(world: World, rng: np.random.Generator, scored: float = 0.65) -> Scene:
+def training_scene(world: World, rng: np.random.Generator, scored: float = 0.75) -> Scene:
     """A scene of the training set: scored objects most of the time, scored and extra ones together otherwise."""
     names = world.names("scored") if rng.random() < scored else world.names("scored", "extra")
     return random_scene(world, names, rng)

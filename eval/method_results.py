@@ -1,0 +1,228 @@
+"""What the cells of `eval.method_cells` say when they are put together: rates pooled over tasks, against their bars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from eval.intervals import NOTHING, Estimate, rate
+from eval.method_cells import ERASERS, LEARNER, STYLE_ANCHOR, Cell
+from eval.rates import (
+    DRAWN_WELL,
+    Retained,
+    Shown,
+    background_right,
+    by_object,
+    drawn_well,
+    draws,
+    instead,
+    object_right,
+    relative,
+    retained,
+    share,
+    style_right,
+)
+from eval.world_report import Line
+
+POOLED, WORST, GIVEN, INSTEAD, ANCHOR_DRAWN, KEPT_POOLED, KEPT_WORST, LEARNT = 0.05, 0.15, 0.10, 0.90, 0.70, 0.95, 0.70, 0.60
+Test = Callable[[Shown], bool | None]
+BY_WORD = {"name": "by name", "given": "by given synonyms", "held_back": "by held-back synonyms"}
+OBJECT_SECTIONS = {"objects": "{} objects, each alone", "anchored": "{} objects with an anchor", "group": "weapons, in one task"}
+
+
+@dataclass(frozen=True)
+class Row(Line):
+    """A line with what the unedited model does beside it; what could not be measured neither meets a bar nor misses it."""
+
+    before: Estimate = NOTHING
+
+    @property
+    def missed(self) -> bool:
+        return not math.isnan(self.estimate.value) and not self.met
+
+    def cells(self) -> list[str]:
+        """What, bar, unedited, measured, n."""
+        bar = "" if self.bar is None else f"{'≤' if self.below else '≥'} {self._number(self.bar)}{' **missed**' if self.missed else ''}"
+        return [self.what, bar, short(self.before, 1), short(self.estimate, 1) or "nothing to measure", str(self.estimate.n)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell with its images, before and after, by label. kid: oracle-KID of the images by name, before and after."""
+
+    cell: Cell
+    images: Mapping[str, Sequence[tuple[Shown, Shown]]]
+    seconds: float
+    bytes: int
+    steps: int | None
+    kid: Sequence[float | None]
+
+    def sides(self, label: str) -> tuple[list[Shown], list[Shown]]:
+        """The images of a label before and after; by words, only of concepts that the unedited model draws well."""
+        images = self.images.get(label, ())
+        if label in BY_WORD and self.cell.section == "group":
+            counted = drawn_well([before for before, _ in self.images["name"]])
+            images = [pair for pair in images if pair[0].prompt.names[0] in counted]
+        return [before for before, _ in images], [after for _, after in images]
+
+    @property
+    def counts(self) -> bool:
+        """Whether the unedited model draws what is erased well enough (objects are chosen so)."""
+        before, _ = self.sides("name")
+        return self.cell.section != "styles" or share(before, self.drawn).value >= DRAWN_WELL
+
+    def drawn(self, shown: Shown) -> bool:
+        """Whether something that was erased is drawn."""
+        return draws(shown, self.cell.erased)
+
+
+# --- pooled over cells ------------------------------------------------------------------------------------------------
+def pooled(results: Iterable[Measured], label: str) -> tuple[list[Shown], list[Shown]]:
+    """The images of a label of several cells, before and after."""
+    sides = [result.sides(label) for result in results]
+    return [item for before, _ in sides for item in before], [item for _, after in sides for item in after]
+
+
+def still_drawn(results: Iterable[Measured], label: str, side: int = 1) -> Estimate:
+    """How often what a cell erased is drawn, before (side 0) or after."""
+    found = [(result.drawn(item), item.prompt.text) for result in results for item in result.sides(label)[side]]
+    return rate([drawn for drawn, _ in found], [text for _, text in found])
+
+
+def drawn_most(results: Iterable[Measured]) -> tuple[str, Estimate]:
+    """The object that is drawn most after it was erased, by its name."""
+    rates = {name: share(items, result.drawn) for result in results for name, items in by_object(result.sides("name")[1]).items()}
+    return max(rates.items(), key=lambda item: item[1].value, default=("", NOTHING))
+
+
+def answers(results: Iterable[Measured], *wanted: str) -> Estimate:
+    """How often images that no longer show what was erased give one of these answers of `instead`."""
+    cells = [(result, item) for result in results for item in result.sides("name")[1]]
+    found = [(instead(item, result.cell.erased, result.cell.anchor), item.prompt.text) for result, item in cells]
+    found = [(answer, text) for answer, text in found if answer != "erased"]
+    return rate([answer in wanted for answer, _ in found], [text for _, text in found])
+
+
+def instead_style(results: Iterable[Measured]) -> Estimate:
+    """Styles right relative to before, where anything is drawn."""
+    pairs = [pair for pair in zip(*pooled(results, "name"), strict=True) if pair[1].drawn]
+    return relative([before for before, _ in pairs], [after for _, after in pairs], style_right)
+
+
+def kept(results: Iterable[Measured], test: Test = object_right) -> Estimate:
+    """What is left of everything else, relative to before."""
+    return relative(*pooled(results, "kept"), test)
+
+
+def kept_objects(results: Iterable[Measured]) -> Retained:
+    """The same object by object, of those that the unedited model draws well in these images."""
+    return retained(*pooled(results, "kept"))
+
+
+def compared(what: str, results: Iterable[Measured], label: str, test: Test, bar: float | None = None) -> Row:
+    """How often images pass a test after, with before beside it."""
+    before, after = pooled(results, label)
+    return Row(what, share(after, test), bar, before=share(before, test))
+
+
+# --- the bars ---------------------------------------------------------------------------------------------------------
+def rows(results: Sequence[Measured]) -> list[Row]:
+    """Every line with a bar, and those beside them, of all methods."""
+    return [row for method in (*ERASERS, LEARNER) for row in rows_of(method, results)]
+
+
+def rows_of(method: str, results: Sequence[Measured]) -> list[Row]:
+    """A method's lines."""
+    sections: dict[str, list[Measured]] = {}
+    for result in results:
+        if result.cell.method == method and result.counts:
+            sections.setdefault(result.cell.section, []).append(result)
+    lines: list[Row] = []
+    for section, what in OBJECT_SECTIONS.items():
+        if found := sections.get(section):
+            lines += erased_rows(f"{method}, {what.format(len(found))}", found, GIVEN if method == "rece" else None)
+            lines += kept_rows(f"{method}, {what.format(len(found))}", found)
+    if found := sections.get("bare"):
+        title = f"{method}, {len(found)} objects, fitted without any synonym"
+        lines += [drawn_row(title, found, label) for label in ("given", "held_back")]
+    for result in sections.get("styles", ()):
+        lines += style_rows(method, result)
+    if found := sections.get("subjects"):
+        lines += subject_rows(method, found)
+    return lines
+
+
+def erased_rows(title: str, found: Sequence[Measured], given: float | None) -> list[Row]:
+    """Objects that were erased: how often they are drawn, and what is drawn instead. given: the bar for given synonyms."""
+    worst, most = drawn_most(found)
+    background = relative(*pooled(found, "name"), background_right)
+    lines = [
+        drawn_row(title, found, "name", POOLED),
+        Row(f"{title}: drawn by name, the worst ({worst})", most, WORST, below=True),
+        drawn_row(title, found, "given", given),
+        drawn_row(title, found, "held_back"),
+        Row(f"{title}: instead, background relative to before", background, INSTEAD),
+        Row(f"{title}: instead, style relative to before (where anything is drawn)", instead_style(found), INSTEAD),
+        Row(f"{title}: instead, nothing or one clean object", answers(found, "none", "other", "anchor"), INSTEAD),
+    ]
+    if any(result.cell.anchor for result in found):
+        lines.append(Row(f"{title}: instead, the anchor", answers(found, "anchor"), ANCHOR_DRAWN))
+    return lines
+
+
+def kept_rows(title: str, found: Sequence[Measured]) -> list[Row]:
+    """Everything else. An object is looked at alone when there are several images of each."""
+    lines = [Row(f"{title}: other objects kept", kept(found), KEPT_POOLED)]
+    if found[0].cell.section == "objects":
+        name, least = kept_objects(found).worst
+        lines.append(Row(f"{title}: the object kept least ({name})", least, KEPT_WORST))
+    return [
+        *lines,
+        Row(f"{title}: styles kept", kept(found, style_right)),
+        Row(f"{title}: backgrounds kept", kept(found, background_right)),
+    ]
+
+
+def drawn_row(title: str, found: Sequence[Measured], label: str, bar: float | None = None) -> Row:
+    """How often what was erased is drawn, asked by a kind of words."""
+    before, after = (still_drawn(found, label, side) for side in (0, 1))
+    return Row(f"{title}: drawn {BY_WORD[label]}", after, bar, below=True, before=before)
+
+
+def style_rows(method: str, result: Measured) -> list[Row]:
+    """An erased style: with an anchor against a bar, without one against the unedited model that is told no style."""
+    title, named = f"{method}, style {result.cell.task}", result.sides("name")
+    lines = [drawn_row(title, [result], "name", POOLED if result.cell.anchor else still_drawn([result], "unnamed", 0).value)]
+    if result.cell.anchor:
+        lines.append(compared(f"{title}: drawn in {STYLE_ANCHOR}", [result], "name", lambda item: draws(item, {STYLE_ANCHOR})))
+    lines += [Row(f"{title}: {what} right, relative to before", relative(*named, test), INSTEAD) for what, test in ASKED_FOR.items()]
+    return [*lines, Row(f"{title}: objects in other styles kept", kept([result]), KEPT_POOLED)]
+
+
+ASKED_FOR: dict[str, Test] = {"object": object_right, "background": background_right}
+
+
+def subject_rows(method: str, found: Sequence[Measured]) -> list[Row]:
+    """Subjects that were learnt, with the unedited model asked by the object's name beside it; and everything else."""
+    title = f"{method}, {len(found)} subjects"
+    return [
+        compared(f"{title}: drawn in new contexts", found, "alone", object_right, LEARNT),
+        compared(f"{title}: drawn beside another object", found, "beside", subject_drawn, LEARNT),
+        compared(f"{title}: both drawn", found, "beside", object_right),
+        compared(f"{title}: background right in new contexts", found, "alone", background_right),
+        Row(f"{title}: other objects kept", kept(found), KEPT_POOLED),
+    ]
+
+
+def subject_drawn(shown: Shown) -> bool:
+    """The first object asked for is drawn, anywhere."""
+    return shown.prompt.names[0] in shown.drawn
+
+
+def short(estimate: Estimate, digits: int = 0) -> str:
+    """A rate with its interval, in percent; "" when there is none."""
+    if math.isnan(estimate.value):
+        return ""
+    value, low, high = (f"{100 * x:.{digits}f}" for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value} % [{low}, {high}]"
