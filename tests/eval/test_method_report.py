@@ -15,6 +15,7 @@ from eval.method_page import Settings, page
 from eval.method_report import Bench, configured, from_json, main, to_json
 from eval.method_results import Measured, Row, rows, still_drawn
 from eval.prompts import Prompt
+from eval.rates import Painter
 from eval.subjects import PICTURES
 from tests.eval.images import Renderer, reading, shown, true_reading
 from toolkit.concepts import EraseTask
@@ -72,11 +73,10 @@ def test_the_tasks_are_the_ones_asked_for(world: World, cells: list[Cell]) -> No
     count = Counter((cell.method, cell.section) for cell in cells)
     each = {"objects": 12, "anchored": 2, "group": 1, "styles": 4}
     assert count == {(m, s): k for m in ERASERS for s, k in each.items()} | {("rece", "bare"): 12, (LEARNER, "subjects"): 8}
+    goals = {cell.name: cell.goal for cell in cells if isinstance(cell.goal, EraseTask)}
     pistol, bare, weapon, style = (
-        next(cell.goal for cell in cells if cell.name == name)
-        for name in ("uce-pistol", "rece-pistol-without-synonyms", "uce-weapon", "rece-noto-to-nothing")
+        goals[name] for name in ("uce-pistol", "rece-pistol-without-synonyms", "uce-weapon", "rece-noto-to-nothing")
     )
-    assert all(isinstance(goal, EraseTask) for goal in (pistol, bare, weapon, style))
     assert pistol.concepts[0].synonyms == world.things["pistol"].given and set(pistol.preserve) == set(world.names("scored")) - {"pistol"}
     assert bare.concepts[0].synonyms == () and style.concepts[0].anchor is None and style.concepts[0].kind == "style"
     assert {concept.name for concept in weapon.concepts} == set(world.group("weapon")) and not {c.name for c in weapon.concepts} & set(
@@ -119,8 +119,8 @@ def test_an_unnamed_style_is_the_same_prompt_without_it(cells: list[Cell]) -> No
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
-def bench(world: World, oracle: Oracle, model: Model, work: Path, **spoil: Callable[[Prompt], Reading | None]) -> Bench:
-    return Bench(world, model, Renderer(oracle, always="spoil" in spoil, **spoil), 2, work, configured([f"{LEARNER}.max_train_steps=1"]))
+def bench(world: World, painter: Painter, model: Model, work: Path) -> Bench:
+    return Bench(world, model, painter, 2, work, configured([f"{LEARNER}.max_train_steps=1"]))
 
 
 def test_spares_take_the_place_of_what_is_not_drawn(world: World, untrained: Oracle, tiny: Model, tmp_path: Path) -> None:
@@ -129,18 +129,17 @@ def test_spares_take_the_place_of_what_is_not_drawn(world: World, untrained: Ora
     def spoil(prompt: Prompt) -> Reading | None:
         return reading({}, background=prompt.scene.background) if bad & set(prompt.names) else None
 
-    first = bench(world, untrained, tiny, tmp_path, spoil=spoil)
-    chosen = first.choose()
+    chosen = bench(world, Renderer(untrained, spoil=spoil, always=True), tiny, tmp_path).choose()
     assert chosen.objects == (*(name for name in OBJECTS if name != "dog"), "helicopter")
     assert ("cat", "dog") not in chosen.anchored and len(chosen.anchored) == 2
-    again = bench(world, untrained, tiny, tmp_path, spoil=spoil)
-    assert again.choose() == chosen and isinstance(again.painter, Renderer) and again.painter.painted == 0
+    again = Renderer(untrained)
+    assert bench(world, again, tiny, tmp_path).choose() == chosen and again.painted == 0
 
 
 @pytest.mark.parametrize("name", ["uce-pistol", "rece-noto-to-nothing", "textual_inversion-penguin"])
 def test_a_cell_is_what_its_file_says(name: str, world: World, untrained: Oracle, tiny: Model, tmp_path: Path) -> None:
     (cell,) = [cell for cell in plan(world, CHOSEN, 2) if cell.name == name]
-    made = bench(world, untrained, tiny, tmp_path)
+    made = bench(world, Renderer(untrained), tiny, tmp_path)
     assert made.measured(cell) is None
     made.measure(cell)
     result = made.measured(cell)

@@ -173,3 +173,9 @@ def test_mistakes_are_told_and_leave_the_model(tiny: Model, tokens: dict, vector
     with pytest.raises(UserError, match=message), TokenRows(tiny, tokens, vectors=vectors):
         pass
     assert tiny.arch.token_embeddings()[PART] is embedding and tiny.edits == ()
+
+
+def test_an_offloaded_model_is_refused(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(tiny.arch), "device", torch.device("meta"))  # where its parts would visit in turn
+    with pytest.raises(UserError, match="without --offload"):
+        TokenRows(tiny, {"<a>": "cat"})

@@ -44,7 +44,7 @@ def build_clip(config: dict[str, Any]) -> CLIP:
     return CLIP(config["embed_dim"], CLIPVisionCfg(**vision), CLIPTextCfg(**config["text_cfg"]))
 
 
-def encode_text(clip: CLIP, ids: Tensor) -> Tensor:
+def encode_text(clip: Any, ids: Tensor) -> Tensor:
     """Pooled text features [n, embed_dim] of ids [n, L]. Unlike open_clip's own, L may be shorter than the context."""
     length = ids.shape[1]
     x = clip.token_embedding(ids) + clip.positional_embedding[:length]
@@ -76,7 +76,7 @@ class CLIPObjective(Objective):
 
     def __init__(self, tokenizer: CLIPTokenizer, seed: int, batch_size: int = 192) -> None:
         torch.manual_seed(seed)
-        self.module: CLIP = build_clip(clip_config(len(tokenizer)))
+        self.module: Any = build_clip(clip_config(len(tokenizer)))
         self.world, self.tokenizer, self.seed, self.batch_size = load_world(), tokenizer, seed, batch_size
 
     def batch(self, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
@@ -110,7 +110,7 @@ class CLIPObjective(Objective):
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2, {"top1": accuracy}
 
 
-def to_text_model(clip: CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def to_text_model(clip: Any, tokenizer: Any) -> CLIPTextModel:
     """The text half as transformers' CLIPTextModel; the same numbers (tested)."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -19,16 +20,16 @@ def run(work: Path, steps: int | None) -> None:
     """Write `emoji-sd` (a Stable Diffusion folder), `metric-clip` and the oracle; parts not trained yet are left out."""
     if (work / "unet").exists():
         tokenizer, text = load_text(work)
-        pipe = StableDiffusionPipeline(
-            vae=AutoencoderKL.from_pretrained(work / "vae"),
-            text_encoder=text,
-            tokenizer=tokenizer,
-            unet=UNet2DConditionModel.from_pretrained(work / "unet"),
-            scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1),
-            safety_checker=None,  # type: ignore[arg-type]
-            feature_extractor=None,  # type: ignore[arg-type]
-            requires_safety_checker=False,
-        ).to(dtype=torch.float16)
+        parts: dict[str, Any] = {
+            "vae": AutoencoderKL.from_pretrained(work / "vae"),
+            "text_encoder": text,
+            "tokenizer": tokenizer,
+            "unet": UNet2DConditionModel.from_pretrained(work / "unet"),
+            "scheduler": DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1),
+            "safety_checker": None,
+            "feature_extractor": None,
+        }
+        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False).to(dtype=torch.float16)
         part = ASSETS / "emoji-sd.part"
         shutil.rmtree(part, ignore_errors=True)
         Model(SD(pipe), "emoji-sd").save(part)

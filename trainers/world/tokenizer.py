@@ -35,7 +35,7 @@ def build_tokenizer() -> CLIPTokenizer:
     learner.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     settings: dict[str, Any] = {"initial_alphabet": alphabet, "end_of_word_suffix": END, "show_progress": False}
     learner.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=VOCABULARY - 258, **settings))
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     letters = alphabet + [letter + END for letter in alphabet]
     pieces = list(dict.fromkeys([*letters, *(left + right for left, right in merges), "<|startoftext|>", "<|endoftext|>"]))
     return CLIPTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges, model_max_length=77)

@@ -7,6 +7,7 @@ and the autoencoder are frozen; their outputs are computed once per pool.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,9 +52,10 @@ class UNetObjective(Objective):
     def __init__(self, unet: UNet2DConditionModel, work: Path, leg: int, batch_size: int = 32) -> None:
         self.module: UNet2DConditionModel = unet.train()
         self.world, self.leg, self.batch_size = load_world(), leg, batch_size
-        self.vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
+        self.vae: Any = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
+        self.text: Any
         self.tokenizer, self.text = load_text(work)
-        self.noise = DDPMScheduler(**SCHEDULE)
+        self.noise: Any = DDPMScheduler(**SCHEDULE)
         self.pool = -1
         self.latents = self.hidden = torch.empty(0)
         self.nothing = self.encode([""])

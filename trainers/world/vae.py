@@ -8,6 +8,7 @@ group norms meet their statistics.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ class VAEObjective(Objective):
         rng = np.random.default_rng([1, self.leg, step])
         pixels = crop_batch(self.world, rng) if step < self.whole_from else render_batch(self.world, rng, self.batch_size)[0]
         pixels = pixels.to(device)
-        vae = self.module
+        vae: Any = self.module  # diffusers' annotations do not know its outputs
         posterior = vae.encode(pixels).latent_dist
         error = vae.decode(posterior.sample()).sample.float() - pixels
         mse = error.square().mean()
@@ -111,7 +112,7 @@ def run(work: Path, steps: int | None) -> None:
 
 
 @torch.no_grad()
-def finish(vae: AutoencoderKL, images: int = 512) -> AutoencoderKL:
+def finish(vae: Any, images: int = 512) -> Any:
     """Set the scaling factor so that latents have unit variance."""
     pixels, _ = render_batch(load_world(), np.random.default_rng(2), images)
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(64)])
