@@ -112,21 +112,20 @@ def plan(world: World, chosen: Chosen, n: int) -> list[Cell]:
     hidden = [{concept.name for concept in goal.concepts} for *_, goal in goals]
     share = max(1, round(KEPT * n))
     kept = [same(prompts) for prompts in shares(world, hidden, share)]
+    prompts = [{**asked(world, goal, n), "kept": rest} for (*_, goal), rest in zip(goals, kept, strict=True)]
     cells = [
-        Cell(method, section, task, goal, {**asked(world, goal, n), "kept": rest})
-        for method in ERASERS
-        for (section, task, goal), rest in zip(goals, kept, strict=True)
+        Cell(method, section, task, goal, about) for method in ERASERS for (section, task, goal), about in zip(goals, prompts, strict=True)
     ]
     for name in chosen.objects:
         goal = EraseTask((Concept(name),), others(world, [name]))
         cells.append(Cell(BARE, "bare", f"{name} without synonyms", goal, by_synonyms(world, goal, n)))
     half = max(1, n // 2)
-    for one, prompts in zip(portraits, shares(world, [set() for _ in portraits], half), strict=True):
+    for one, rest in zip(portraits, shares(world, [set() for _ in portraits], half), strict=True):
         new = {
             "alone": list(zip(*(alone(word, one.name, n) for word in (one.name, one.token)), strict=True)),
             "beside": list(zip(*(beside(world, word, one.name, half) for word in (one.name, one.token)), strict=True)),
         }
-        cells.append(Cell(LEARNER, "subjects", one.name, one, {**new, "kept": same(prompts)}))
+        cells.append(Cell(LEARNER, "subjects", one.name, one, {**new, "kept": same(rest)}))
     return cells
 
 

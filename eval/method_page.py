@@ -43,7 +43,11 @@ COST = ("fit, s", "edit, KiB")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the page says about how it was made. configs: method -> its options. cells: how many there are in all."""
+    """What the page says about how it was made.
+
+    configs: method -> its options. cells: how many there are in all. poorly: how often the unedited model draws the objects
+    of the list that do not count.
+    """
 
     command: str
     n: int
@@ -51,12 +55,11 @@ class Settings:
     model: str
     configs: Mapping[str, Mapping[str, Any]]
     cells: int
+    poorly: Mapping[str, float]
 
 
 def page(results: Sequence[Measured], settings: Settings) -> str:
     """The markdown page."""
-    lines = rows(results)
-    missed = [f"- {row.what}: {short(row.estimate, 1)}" for row in lines if row.missed]
     absent = settings.cells - len(results)
     return PAGE.format(
         command=settings.command,
@@ -68,23 +71,30 @@ def page(results: Sequence[Measured], settings: Settings) -> str:
         steps=settings.measured_by["steps"],
         guidance=settings.measured_by["guidance"],
         bare=BARE,
+        poorly=", ".join(f"{name} ({100 * value:.0f} %)" for name, value in settings.poorly.items()) or "nothing",
         pictures=len(PICTURES),
         absent=f"\n{absent} of {settings.cells} tasks are not measured here: the command was given `--only`, or was interrupted.\n"
         if absent
         else "",
-        missed="\n".join(missed) or "None.",
-        bars=table(BARS, [row.cells() for row in lines]),
+        missed="\n".join(f"- {line}" for line in missed(results)) or "None.",
         methods="\n\n".join(by_task(method, results, settings.configs[method]) for method in (*ERASERS, LEARNER)),
         objects=by_object_kept(results),
     )
 
 
+def missed(results: Sequence[Measured]) -> list[str]:
+    """The lines that miss their bars, of all methods."""
+    lines = [(method, row) for method in (*ERASERS, LEARNER) for row in rows(results, method)]
+    return [f"{method}, {row.what}: {short(row.estimate, 1)}" for method, row in lines if row.missed]
+
+
 def by_task(method: str, results: Sequence[Measured], config: Mapping[str, Any]) -> str:
-    """A method's tables, one line for each task."""
+    """A method's tables: against the bars, then one line for each task."""
     own = [result for result in results if result.cell.method == method]
     bare = {result.cell.task.removesuffix(" without synonyms"): result for result in own if result.cell.section == "bare"}
     objects = [result for result in own if result.cell.section in ("objects", "anchored", "group")]
     tables = [
+        table(BARS, [row.cells() for row in rows(results, method)]),
         table(("task", *ERASED), [[result.cell.task, *by_words(result, bare.get(result.cell.task))] for result in objects]),
         table(("task", *INSTEAD, *COST), [[result.cell.task, *in_its_place(result), *cost(result)] for result in objects]),
         table(("style", *STYLE, *COST), [[r.cell.task, *of_style(r), *cost(r)] for r in own if r.cell.section == "styles"]),
@@ -172,34 +182,37 @@ def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 PAGE = """# The methods, measured
 
-Written by `{command}` from what was measured on `emoji-sd`; every number was measured, and none is chosen by its result.
-95 % intervals in brackets: Wilson's at the effective sample size for rates, a paired bootstrap for what is relative to before, both
-clustered by prompt. Images are drawn in {steps} steps with guidance {guidance} and read by oracle {oracle} at threshold
-{threshold}; the model is {model}.
+Written by `{command}`; every number is measured on `emoji-sd`, on tasks that were fixed before. Intervals in brackets are 95 % ones:
+Wilson's at the effective sample size for rates, a paired bootstrap for what is relative to before, both clustered by prompt. Images
+are drawn in {steps} steps with guidance {guidance} and read by oracle {oracle} at threshold {threshold}; the model is {model}.
 {absent}
-**How.** Objects are erased one by one with their given synonyms, no anchor, and every other scored object preserved: {n} images by
-name, half as many by the given synonyms and by those that no method is given. {bare} is fitted again without any synonym. Only
-objects that the unedited model draws at least 80 % right count; the objects and their spares are a fixed list
-(`eval/method_cells.py`). All weapons are erased in one task, two objects are turned into an anchor, and two styles into another
-style and into nothing. Everything else is asked for {kept} times in each task, every object about as often, with the same prompts
-and seeds before and after. "Clean": one object, or none, on a readable background. Subjects are objects that the model has never
-seen, learnt from {pictures} pictures in one style, then asked for on backgrounds that no picture has, and on the left of an object
-that the model knows; their class name is the nearest thing that it knows. "Unedited" is the rate without the edit, for subjects
-asked by the object's name.
+- **Objects** are erased one by one: their given synonyms are given, there is no anchor, every other scored object is preserved.
+  {n} images ask for them by name, half as many by the given synonyms, and half as many by synonyms that no method is given.
+  `{bare}` is fitted again without any synonym. All weapons are erased in one task, and two objects are turned into another.
+  Only what the unedited model draws at least 80 % right counts. The objects, and the spares for those that do not count, are a
+  list in `eval/method_cells.py`; left out of it: {poorly}.
+- **Styles** are turned into another one, or into nothing: then the bar is how often the unedited model draws the style when it is
+  told none. The other styles and all scored objects are preserved.
+- **Instead**: "clean" is one object, or none, on a readable background; "unclear" anything else. Oracle-KID is the distance to
+  renders of what the oracle reads, before and after.
+- **Others kept**: {kept} images of other objects in each task, every object about as often, right after relative to before, with
+  the same prompts and seeds.
+- **Subjects** are objects that the model has never seen, learnt from {pictures} pictures, each subject in one style. Their class
+  name is the nearest thing that the model knows. They are asked for on backgrounds that none of the pictures has, at all places,
+  and on the left of an object that the model knows. "Unedited" is then the model asked by the object's own name.
+
+Seconds are those of the machine that this page was made on.
 
 ## Bars missed
 
 {missed}
 
-## Against the bars
-
-{bars}
-
 {methods}
 
 ## Objects kept while one other is erased
 
-Objects right after, relative to before, pooled over the tasks that erase one object; from the worst.
+Objects right after, relative to before, pooled over the tasks that erase one object; from the worst. An object counts when the
+unedited model draws at least 80 % of these images right.
 
 {objects}
 """

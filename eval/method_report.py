@@ -14,8 +14,9 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,8 @@ import torch
 from eval import prompts as make
 from eval.fidelity import oracle_kid
 from eval.method_cells import ANCHORED, ERASERS, LEARNER, OBJECTS, SPARE_ANCHORED, SPARES, Cell, Chosen, plan
-from eval.method_page import Settings, page
-from eval.method_results import Measured, rows
+from eval.method_page import Settings, missed, page
+from eval.method_results import Measured
 from eval.prompts import Prompt
 from eval.rates import DRAWN_WELL, Painter, Shown, object_right, share
 from toolkit import registry
@@ -65,20 +66,27 @@ class Bench:
         return self.file(cell.name, cell, self.methods[cell.method].config())
 
     # --- which objects count ------------------------------------------------------------------------------------------
-    def choose(self) -> Chosen:
-        """The first objects of the lists that the unedited model draws well."""
+    def choose(self) -> tuple[Chosen, dict[str, float]]:
+        """The first of the lists that the unedited model draws well; and how often it draws those that it does not."""
         file = self.file("unedited", EVERY, self.n)
         if not file.is_file():
-            objects = _first(len(OBJECTS), EVERY.objects, self.draws_well)
-            anchored = _first(len(ANCHORED), EVERY.anchored, lambda names: all(map(self.draws_well, names)))
-            write_atomic(file, json.dumps({"objects": objects, "anchored": anchored}))
-        found = json.loads(file.read_text())
-        return Chosen(tuple(found["objects"]), tuple((name, anchor) for name, anchor in found["anchored"]))
+            poorly: dict[str, float] = {}
 
-    def draws_well(self, name: str) -> bool:
-        """Whether the unedited model draws an object often enough for it to count."""
+            def well(*names: str) -> bool:
+                drawn = {name: self.drawn(name) for name in names}
+                poorly.update({name: share for name, share in drawn.items() if share < DRAWN_WELL})
+                return not poorly.keys() & drawn
+
+            objects = _first(len(OBJECTS), EVERY.objects, well)
+            anchored = _first(len(ANCHORED), EVERY.anchored, lambda pair: well(*pair))
+            write_atomic(file, json.dumps({"objects": objects, "anchored": anchored, "poorly": poorly}))
+        found = json.loads(file.read_text())
+        return Chosen(tuple(found["objects"]), tuple((name, anchor) for name, anchor in found["anchored"])), found["poorly"]
+
+    def drawn(self, name: str) -> float:
+        """How often the unedited model draws an object that it is asked for by name."""
         shown = self.painter.draw(self.model, make.single(self.world, name, self.n), name)
-        return share(shown, object_right).value >= DRAWN_WELL
+        return share(shown, object_right).value
 
     # --- cells --------------------------------------------------------------------------------------------------------
     def measure(self, cell: Cell) -> None:
@@ -118,10 +126,9 @@ class Bench:
         return Measured(cell, images, record["seconds"], record["bytes"], record["steps"], record["kid"])
 
 
-def _first(count: int, names: Sequence[Any], test: Any) -> list[Any]:
+def _first(count: int, items: Sequence[Any], test: Callable[[Any], bool]) -> list[Any]:
     """The first `count` that pass a test; those after them are not tested."""
-    passed = (name for name in names if test(name))
-    return [name for name, _ in zip(passed, range(count), strict=False)]
+    return list(islice(filter(test, items), count))
 
 
 def to_json(shown: Shown) -> dict[str, Any]:
@@ -141,16 +148,12 @@ def from_json(row: Mapping[str, Any]) -> Shown:
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
-def selected(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells of these methods, sections, tasks or names; all when none is given."""
-    known = {key: cell for cell in cells for key in keys(cell)}
-    for word in only:
-        if word not in known:
-            raise unknown("method, section or task for --only", word, known)
-    return [cell for cell in cells if not only or not keys(cell).isdisjoint(only)]
+def asked_for(cell: Cell, only: Sequence[str]) -> bool:
+    """Whether a cell is one of these methods, sections, tasks or names; all are when none is given."""
+    return not only or not names(cell).isdisjoint(only)
 
 
-def keys(cell: Cell) -> set[str]:
+def names(cell: Cell) -> set[str]:
     """What a cell may be called on the command line."""
     return {cell.method, cell.section, cell.task, cell.name}
 
@@ -195,12 +198,16 @@ def run(args: argparse.Namespace, command: str) -> int:
     if args.n < 1:
         raise UserError(f"--n is {args.n}, needs at least 1; give the number of images per concept")
     world, methods = load_world(), configured(args.set)
-    selected(plan(world, EVERY, 1), args.only)  # mistakes are told before anything is drawn
+    known = {name for cell in plan(world, EVERY, 1) for name in names(cell)}
+    for word in args.only:
+        if word not in known:
+            raise unknown("method, section or task for --only", word, known)
     check_writable(args.out.parent)
     painter = Painter(load_oracle(), steps=args.steps)
     bench = Bench(world, load_model(device=args.device), painter, args.n, check_writable(args.work), methods)
-    cells = plan(bench.world, bench.choose(), args.n)
-    missing = [cell for cell in selected(cells, args.only) if not bench.cell_file(cell).is_file()]
+    chosen, poorly = bench.choose()
+    cells = plan(world, chosen, args.n)
+    missing = [cell for cell in cells if asked_for(cell, args.only) and not bench.cell_file(cell).is_file()]
     for i, cell in enumerate(missing):
         with timed() as cost:
             bench.measure(cell)
@@ -213,10 +220,10 @@ def run(args: argparse.Namespace, command: str) -> int:
         bench.model.fingerprint["weights"][:12],
         {name: method.config() for name, method in methods.items()},
         len(cells),
+        poorly,
     )
     write_atomic(args.out, page(results, settings))
-    missed = [row.what for row in rows(results) if row.missed]
-    print(f"{args.out}: {len(results)} of {len(cells)} cells; bars missed: {'; '.join(missed) or 'none'}", file=sys.stderr)
+    print(f"{args.out}: {len(results)} of {len(cells)} cells; bars missed: {'; '.join(missed(results)) or 'none'}", file=sys.stderr)
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from eval.intervals import NOTHING, Estimate, rate
-from eval.method_cells import ERASERS, LEARNER, STYLE_ANCHOR, Cell
+from eval.method_cells import BARE, STYLE_ANCHOR, Cell
 from eval.rates import (
     DRAWN_WELL,
     Retained,
@@ -90,10 +90,13 @@ def still_drawn(results: Iterable[Measured], label: str, side: int = 1) -> Estim
     return rate([drawn for drawn, _ in found], [text for _, text in found])
 
 
-def drawn_most(results: Iterable[Measured]) -> tuple[str, Estimate]:
-    """The object that is drawn most after it was erased, by its name."""
-    rates = {name: share(items, result.drawn) for result in results for name, items in by_object(result.sides("name")[1]).items()}
-    return max(rates.items(), key=lambda item: item[1].value, default=("", NOTHING))
+def drawn_most(results: Iterable[Measured]) -> tuple[str, Estimate, Estimate]:
+    """The object that is drawn most after it was erased, asked by its name; how often before, and after."""
+    rates = []
+    for result in results:
+        before, after = map(by_object, result.sides("name"))
+        rates += [(name, share(before[name], result.drawn), share(items, result.drawn)) for name, items in after.items()]
+    return max(rates, key=lambda row: row[2].value, default=("", NOTHING, NOTHING))
 
 
 def answers(results: Iterable[Measured], *wanted: str) -> Estimate:
@@ -127,13 +130,8 @@ def compared(what: str, results: Iterable[Measured], label: str, test: Test, bar
 
 
 # --- the bars ---------------------------------------------------------------------------------------------------------
-def rows(results: Sequence[Measured]) -> list[Row]:
-    """Every line with a bar, and those beside them, of all methods."""
-    return [row for method in (*ERASERS, LEARNER) for row in rows_of(method, results)]
-
-
-def rows_of(method: str, results: Sequence[Measured]) -> list[Row]:
-    """A method's lines."""
+def rows(results: Sequence[Measured], method: str) -> list[Row]:
+    """A method's lines: every bar, and what belongs beside it."""
     sections: dict[str, list[Measured]] = {}
     for result in results:
         if result.cell.method == method and result.counts:
@@ -141,25 +139,24 @@ def rows_of(method: str, results: Sequence[Measured]) -> list[Row]:
     lines: list[Row] = []
     for section, what in OBJECT_SECTIONS.items():
         if found := sections.get(section):
-            lines += erased_rows(f"{method}, {what.format(len(found))}", found, GIVEN if method == "rece" else None)
-            lines += kept_rows(f"{method}, {what.format(len(found))}", found)
+            title = what.format(len(found))
+            lines += [*erased_rows(title, found, GIVEN if method == BARE else None), *kept_rows(title, found)]
     if found := sections.get("bare"):
-        title = f"{method}, {len(found)} objects, fitted without any synonym"
-        lines += [drawn_row(title, found, label) for label in ("given", "held_back")]
+        lines += [drawn_row(f"{len(found)} objects, fitted without any synonym", found, label) for label in ("given", "held_back")]
     for result in sections.get("styles", ()):
-        lines += style_rows(method, result)
+        lines += style_rows(result)
     if found := sections.get("subjects"):
-        lines += subject_rows(method, found)
+        lines += subject_rows(found)
     return lines
 
 
 def erased_rows(title: str, found: Sequence[Measured], given: float | None) -> list[Row]:
     """Objects that were erased: how often they are drawn, and what is drawn instead. given: the bar for given synonyms."""
-    worst, most = drawn_most(found)
+    worst, first, most = drawn_most(found)
     background = relative(*pooled(found, "name"), background_right)
     lines = [
         drawn_row(title, found, "name", POOLED),
-        Row(f"{title}: drawn by name, the worst ({worst})", most, WORST, below=True),
+        Row(f"{title}: drawn by name, the worst ({worst})", most, WORST, below=True, before=first),
         drawn_row(title, found, "given", given),
         drawn_row(title, found, "held_back"),
         Row(f"{title}: instead, background relative to before", background, INSTEAD),
@@ -190,12 +187,17 @@ def drawn_row(title: str, found: Sequence[Measured], label: str, bar: float | No
     return Row(f"{title}: drawn {BY_WORD[label]}", after, bar, below=True, before=before)
 
 
-def style_rows(method: str, result: Measured) -> list[Row]:
+def style_rows(result: Measured) -> list[Row]:
     """An erased style: with an anchor against a bar, without one against the unedited model that is told no style."""
-    title, named = f"{method}, style {result.cell.task}", result.sides("name")
-    lines = [drawn_row(title, [result], "name", POOLED if result.cell.anchor else still_drawn([result], "unnamed", 0).value)]
+    title, named = f"style {result.cell.task}", result.sides("name")
     if result.cell.anchor:
-        lines.append(compared(f"{title}: drawn in {STYLE_ANCHOR}", [result], "name", lambda item: draws(item, {STYLE_ANCHOR})))
+        lines = [
+            drawn_row(title, [result], "name", POOLED),
+            compared(f"{title}: drawn in {STYLE_ANCHOR}", [result], "name", lambda item: draws(item, {STYLE_ANCHOR})),
+        ]
+    else:
+        unnamed = still_drawn([result], "unnamed", 0)
+        lines = [drawn_row(f"{title}, against the unedited model that is told no style", [result], "name", unnamed.value)]
     lines += [Row(f"{title}: {what} right, relative to before", relative(*named, test), INSTEAD) for what, test in ASKED_FOR.items()]
     return [*lines, Row(f"{title}: objects in other styles kept", kept([result]), KEPT_POOLED)]
 
@@ -203,9 +205,9 @@ def style_rows(method: str, result: Measured) -> list[Row]:
 ASKED_FOR: dict[str, Test] = {"object": object_right, "background": background_right}
 
 
-def subject_rows(method: str, found: Sequence[Measured]) -> list[Row]:
+def subject_rows(found: Sequence[Measured]) -> list[Row]:
     """Subjects that were learnt, with the unedited model asked by the object's name beside it; and everything else."""
-    title = f"{method}, {len(found)} subjects"
+    title = f"{len(found)} subjects"
     return [
         compared(f"{title}: drawn in new contexts", found, "alone", object_right, LEARNT),
         compared(f"{title}: drawn beside another object", found, "beside", subject_drawn, LEARNT),
