@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from eval.intervals import Estimate
 from eval.prompts import Target, single
 from eval.rates import DRAWN_WELL, Painter, Shown, draws, object_right, share
 from toolkit.errors import UserError
-from toolkit.method import Method
+from toolkit.options import Configured
 from toolkit.world.scenes import World
 
 if TYPE_CHECKING:
@@ -88,10 +87,10 @@ class Scenario:
 
 
 @dataclass(frozen=True)
-class Attack(ABC):
+class Attack(Configured, ABC):
     """A published attack. One subclass per file; the file's stem is its name, the fields are its options.
 
-    A subclass sets the class variables, declares its options with `toolkit.method.option`, and implements `run`. Its
+    A subclass sets the class variables, declares its options with `toolkit.options.option`, and implements `run`. Its
     docstring has the title, authors and arXiv id, and what it does differently.
     """
 
@@ -101,17 +100,3 @@ class Attack(ABC):
     @abstractmethod
     def run(self, scenario: Scenario) -> AttackResult:
         """Try to bring the target back. The models are left as they were found."""
-
-    @classmethod
-    def name(cls) -> str:
-        """The attack's name: the stem of the file that defines it."""
-        return cls.__module__.rpartition(".")[2]
-
-    def config(self) -> dict[str, Any]:
-        """The options as JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """The attack with these options, converted and checked as a method's are."""
-        return Method.from_config.__func__(cls, config)  # pyright: ignore[reportFunctionMemberAccess]

@@ -11,7 +11,7 @@ from torch import Tensor
 from eval.attacks.base import Attack, AttackResult, Scenario
 from eval.rates import share
 from toolkit.errors import UserError
-from toolkit.method import option
+from toolkit.options import option
 from toolkit.sample import Hook, State
 from toolkit.solve import preimage
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from eval.attacks.base import Attack, AttackResult, Scenario
 from eval.rates import share
 from toolkit.errors import UserError
-from toolkit.method import option
+from toolkit.options import option
 
 
 @dataclass(frozen=True)

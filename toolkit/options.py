@@ -1,0 +1,61 @@
+"""Options: the fields of a frozen dataclass, converted from JSON or the command line and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import typing
+from typing import Any, Literal, Self
+
+from toolkit.errors import UserError, unknown
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with the line that the command line and the app show for it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+class Configured:
+    """Base of what is a frozen dataclass of options, one to a file: methods and attacks."""
+
+    @classmethod
+    def name(cls) -> str:
+        """Its name: the stem of the file that defines it."""
+        return cls.__module__.rpartition(".")[2]
+
+    def config(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """The one with these options. An unknown option or a value of the wrong type is an error."""
+        types = typing.get_type_hints(cls)
+        fields = {field.name: types[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for key in config:
+            if key not in fields:
+                raise unknown(f"option of {cls.name()}", key, fields)
+        return cls(**{key: _convert(cls.name(), key, value, fields[key]) for key, value in config.items()})
+
+
+def _convert(owner: str, key: str, value: Any, kind: Any) -> Any:
+    """`value` (a JSON value, or text from the command line) as the type of the option."""
+    origin, choices = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in choices:
+            raise unknown(f"value of {owner}.{key}", str(value), map(str, choices))
+        return value
+    if type(None) in choices:
+        if value is None or value == "none":
+            return None
+        return _convert(owner, key, value, next(choice for choice in choices if choice is not type(None)))
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(_convert(owner, key, item, choices[0]) for item in items)
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    with contextlib.suppress(TypeError, ValueError):
+        fraction = kind is int and isinstance(value, float) and not value.is_integer()
+        if kind in (int, float, str) and not isinstance(value, bool) and not fraction and kind(value) == kind(value):  # not NaN
+            return kind(value)
+    raise UserError(f"option {key} of {owner} is {value!r}, needs {getattr(kind, '__name__', kind)}; give such a value")
