@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eval.intervals import NOTHING, Estimate, rate, ratio
 from eval.prompts import Prompt
-from toolkit.runs import progress
+from toolkit.runs import computes_in_bf16, progress
 from toolkit.sample import Hook, sample
 from toolkit.world.oracle import NONE, Oracle, Reading
 
@@ -41,14 +41,14 @@ class Shown:
 class Painter:
     """Draws prompts and reads the images. What was drawn once is kept, so the unedited model draws each prompt once.
 
-    amp: bfloat16 autocast. batch_size: None is the sampler's own.
+    amp: bfloat16 autocast; None is wherever the hardware computes in it. batch_size: None is the sampler's own.
     """
 
     oracle: Oracle
     steps: int = 20
     guidance: float = 5.0
     batch_size: int | None = None
-    amp: bool = True
+    amp: bool | None = None
     _kept: dict[Any, Shown] = field(default_factory=dict, repr=False)
 
     def draw(self, model: Model, prompts: Sequence[Prompt], title: str = "draw", hooks: Sequence[Hook] = ()) -> list[Shown]:
@@ -74,7 +74,7 @@ class Painter:
                 hooks=hooks,
                 batch_size=self.batch_size,
                 progress=show,
-                amp=self.amp,
+                amp=computes_in_bf16(model.arch.device.type) if self.amp is None else self.amp,
             )
         pixels = (images * 255).round().byte()
         readings = self.oracle.read(pixels.float() / 255)

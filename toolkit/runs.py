@@ -81,6 +81,11 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def computes_in_bf16(device: str) -> bool:
+    """Whether a kind of device ("cpu", "cuda") has instructions for bfloat16, rather than emulating them."""
+    return torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @dataclass
 class Cost:
     """Wall-clock seconds, and the peak memory in MiB (of the GPU when one was used, else of the whole process so far)."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from toolkit.errors import PalimpsestError
+from toolkit.runs import computes_in_bf16
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class LoopConfig:
     """Options of the loop, named as in diffusers' training scripts.
 
     ema_decay 0 turns the moving average off. checkpointing_steps 0 writes none. mixed_precision "bf16" runs the loss under
-    autocast; weights and optimizer stay float32.
+    autocast; weights and optimizer stay float32. "auto" means "bf16" where the hardware computes in it, else "no" (a
+    processor that only emulates it takes several times as long).
     """
 
     max_train_steps: int
@@ -42,7 +44,7 @@ class LoopConfig:
     max_grad_norm: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)
     ema_decay: float = 0.0
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "auto"] = "no"
     checkpointing_steps: int = 0
     seed: int = 0
 
@@ -51,6 +53,10 @@ class Objective(ABC):
     """What a training method is: trainable parameters and a loss."""
 
     module: nn.Module  # everything trainable, and nothing else that should be saved
+
+    def optimizer(self, parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
+        """AdamW, unless a method's paper says otherwise."""
+        return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
     @abstractmethod
     def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -90,12 +96,13 @@ def _train(
     # Autocast is our own: accelerate keeps one precision for the whole process, and refuses a second run with another.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    optimizer = objective.optimizer(parameters, config)
     schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
     )
     module, optimizer, schedule = accelerator.prepare(objective.module, optimizer, schedule, device_placement=[not in_place] * 3)
     device = parameters[0].device.type
+    amp = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and computes_in_bf16(device))
     ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=3 / 4) if config.ema_decay else None
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
@@ -105,7 +112,7 @@ def _train(
     with tqdm(total=config.max_train_steps, initial=step, desc=title, unit="step", mininterval=2, disable=None if quiet else False) as bar:
         while step < config.max_train_steps:
             torch.manual_seed(config.seed * 1_000_003 + step)
-            with torch.autocast(device, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            with torch.autocast(device, torch.bfloat16, enabled=amp):
                 loss, values = objective.loss(module, step)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
@@ -150,20 +157,3 @@ def _resume(accelerator: Accelerator, out: Path | None) -> int:
         return 0
     accelerator.load_state(str(found[-1]))
     return int(json.loads((found[-1] / "step.json").read_text())["step"])
-
-
-def next_leg(work: Path, name: str) -> tuple[int, Path]:
-    """Number and folder of a stage's next leg, or of the one that was interrupted: `work/name.run0`, `work/name.run1`, ..."""
-    leg = 0
-    while (work / f"{name}.run{leg}" / "done").exists():
-        leg += 1
-    folder = work / f"{name}.run{leg}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return leg, folder
-
-
-def finish_leg(folder: Path) -> None:
-    """Mark a leg as finished and drop its checkpoints, once its result has been written."""
-    (folder / "done").touch()
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.errors import PalimpsestError
-from trainers.loop import LoopConfig, Objective, finish_leg, next_leg, train
+from trainers.loop import LoopConfig, Objective, train
 
 
 class Line(Objective):
@@ -102,11 +102,3 @@ def test_schedules_and_clipping_are_followed() -> None:
 def test_a_quiet_run_shows_progress_on_a_terminal_only(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
     train(Line(), config(2), title="mine", quiet=quiet)
     assert ("mine" in capsys.readouterr().err) is not quiet
-
-
-def test_legs_are_numbered_and_an_interrupted_one_is_taken_up(tmp_path: Path) -> None:
-    leg, folder = next_leg(tmp_path, "unet")
-    assert leg == 0 and next_leg(tmp_path, "unet") == (0, folder)
-    (folder / "checkpoint-5").mkdir()
-    finish_leg(folder)
-    assert not (folder / "checkpoint-5").exists() and next_leg(tmp_path, "unet") == (1, tmp_path / "unet.run1")

@@ -31,7 +31,7 @@ def caption(world: World, scene: Scene, rng: np.random.Generator, *, full: bool 
     backdrop = pick(rng, list(BACKDROPS)).format(scene.background) if full or rng.random() < 0.85 else ""
     if not names:
         return pick(rng, list(EMPTY)).format(scene.background) if backdrop else "nothing"
-    style = scene.style if full or rng.random() < 0.65 else ""
+    style = scene.style if full or rng.random() < 0.8 else ""
     before, after = ("", "")
     if style:
         before, after = [(f"{style} ", ""), ("", f" in {style} style"), ("", f", {style} style")][int(rng.integers(3))]
@@ -40,7 +40,7 @@ def caption(world: World, scene: Scene, rng: np.random.Generator, *, full: bool 
         where = f" {AT[place][0]}" if full or place != "center" or rng.random() < 0.2 else ""
         what = pick(rng, list(HEADS)).format(before + names[0]) + where
     else:
-        placed = len(names) > 2 or full or rng.random() < 0.75
+        placed = len(names) > 2 or full or rng.random() < 0.9
         order = rng.permutation(len(names)) if not placed else range(len(names))
         parts = [f"a {before}{names[i]}" + (f" {AT[scene.items[i][0]][0]}" if placed else "") for i in order]
         what = " and ".join(parts) if len(parts) == 2 else ", ".join(parts)

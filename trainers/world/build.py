@@ -1,7 +1,8 @@
 """Train the embedded model, one stage a command: `python -m trainers.world.build STAGE [--work DIR] [--steps N]`.
 
 Stages, in order: vae, clip (the text encoder and its tokenizer), unet, oracle, metric_clip, ship (copies the results into
-toolkit/world/assets). Every stage resumes from its newest checkpoint in the work folder.
+toolkit/world/assets). Every stage resumes from its newest checkpoint in the work folder, and a stage whose result is there
+already trains it further. To train what ships further, copy the folders of toolkit/world/assets/emoji-sd into the work folder.
 """
 
 from __future__ import annotations

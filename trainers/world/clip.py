@@ -22,7 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from toolkit.world.captions import caption
 from toolkit.world.scenes import BACKGROUNDS, Scene, World, allowed, load_world, pick
-from trainers.loop import LoopConfig, Objective, finish_leg, next_leg, train
+from trainers.loop import LoopConfig, Objective, train
+from trainers.world.legs import next_leg
 from trainers.world.tokenizer import build_tokenizer
 from trainers.world.vae import to_pixels, training_scene
 
@@ -150,31 +151,34 @@ def to_text_model(clip: Any, tokenizer: Any) -> CLIPTextModel:
     return model.eval()
 
 
-def train_clip(work: Path, name: str, steps: int, seed: int) -> None:
+def train_clip(work: Path, name: str, steps: int, seed: int) -> tuple[Any, CLIPTokenizer]:
     """Train and write `work/name`: open_clip config and weights, and the tokenizer. Where it exists, this is another leg."""
-    leg, run_folder = next_leg(work, name)
     folder = work / name
-    tokenizer = CLIPTokenizer.from_pretrained(folder) if leg else build_tokenizer()
-    objective = CLIPObjective(tokenizer, seed + 100 * leg)
-    if leg:
-        objective.module.load_state_dict(load_file(folder / "open_clip_model.safetensors"))
-    config = LoopConfig(
-        max_train_steps=steps,
-        learning_rate=1e-3,
-        lr_scheduler="cosine",
-        lr_warmup_steps=60,
-        weight_decay=0.05,
-        mixed_precision="bf16",
-        checkpointing_steps=200,
-    )
-    train(objective, config, run_folder, title=name)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": clip_config(len(tokenizer))}, indent=1))
-    save_file({key: value.contiguous() for key, value in objective.module.state_dict().items()}, folder / "open_clip_model.safetensors")
-    finish_leg(run_folder)
+    weights = folder / "open_clip_model.safetensors"
+    with next_leg(work, name) as (leg, run_folder):
+        tokenizer = CLIPTokenizer.from_pretrained(folder) if weights.exists() else build_tokenizer()
+        objective = CLIPObjective(tokenizer, seed + 100 * leg)
+        if weights.exists():
+            objective.module.load_state_dict(load_file(weights))
+        config = LoopConfig(
+            max_train_steps=steps,
+            learning_rate=1e-3,
+            lr_scheduler="cosine",
+            lr_warmup_steps=60,
+            weight_decay=0.05,
+            mixed_precision="auto",
+            checkpointing_steps=200,
+        )
+        train(objective, config, run_folder, title=name)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(folder)
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": clip_config(len(tokenizer))}, indent=1))
+        save_file({key: value.contiguous() for key, value in objective.module.state_dict().items()}, weights)
+    return objective.module, tokenizer
 
 
 def run(work: Path, steps: int | None) -> None:
-    """Train the generator's text encoder and write `work/clip`."""
-    train_clip(work, "clip", steps or 1000, seed=0)
+    """Train the generator's text encoder and write `work/clip`, and its text half as `work/text_encoder` and `work/tokenizer`."""
+    clip, tokenizer = train_clip(work, "clip", steps or 1000, seed=0)
+    to_text_model(clip.cpu(), tokenizer).save_pretrained(work / "text_encoder")
+    tokenizer.save_pretrained(work / "tokenizer")

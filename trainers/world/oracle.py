@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from toolkit.world.oracle import NONE, Oracle, windows
 from toolkit.world.scenes import PLACES, Scene, World, blank, load_world, paste, pick, random_scene
-from trainers.loop import LoopConfig, Objective, finish_leg, next_leg, train
+from trainers.loop import LoopConfig, Objective, train
+from trainers.world.legs import next_leg
 from trainers.world.vae import to_pixels
 
 SPOILT = 0.15  # share of objects that are spoilt
@@ -126,22 +127,21 @@ class OracleObjective(Objective):
 
 def run(work: Path, steps: int | None) -> None:
     """Train and write `work/oracle.safetensors`. Where it exists, this is another leg."""
-    leg, folder = next_leg(work, "oracle")
-    torch.manual_seed(leg)
-    objective, final = OracleObjective(leg), work / "oracle.safetensors"
-    if leg:
-        objective.module.load_state_dict(load_file(final))
-    config = LoopConfig(
-        max_train_steps=steps or 2000,
-        learning_rate=2e-3,
-        lr_scheduler="cosine",
-        lr_warmup_steps=50,
-        weight_decay=0.02,
-        ema_decay=0.0,
-        mixed_precision="bf16",
-        checkpointing_steps=400,
-    )
-    train(objective, config, folder, title="oracle")
-    state = {key: value.half() if value.is_floating_point() else value for key, value in objective.module.state_dict().items()}
-    save_file(state, final)
-    finish_leg(folder)
+    final = work / "oracle.safetensors"
+    with next_leg(work, "oracle") as (leg, folder):
+        objective = OracleObjective(leg)
+        if final.exists():
+            objective.module.load_state_dict(load_file(final))
+        config = LoopConfig(
+            max_train_steps=steps or 2000,
+            learning_rate=2e-3,
+            lr_scheduler="cosine",
+            lr_warmup_steps=50,
+            weight_decay=0.02,
+            ema_decay=0.0,
+            mixed_precision="auto",
+            checkpointing_steps=400,
+        )
+        train(objective, config, folder, title="oracle")
+        state = {key: value.half() if value.is_floating_point() else value for key, value in objective.module.state_dict().items()}
+        save_file(state, final)

@@ -1,7 +1,7 @@
 """Stage "unet": the denoiser of the embedded model, on latents and captions of a pool of scenes that is renewed as it is used up.
 
 v-prediction, timesteps that prefer the noisy end (where captions decide what is drawn), 10 % of captions dropped for
-classifier-free guidance, EMA weights. The text encoder and the autoencoder are frozen; their outputs are computed once per pool.
+classifier-free guidance, Muon, EMA weights. The text encoder and the autoencoder are frozen; their outputs are computed once per pool.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from toolkit.runs import computes_in_bf16
 from toolkit.world.scenes import load_world
-from trainers.loop import LoopConfig, Objective, finish_leg, next_leg, train
-from trainers.world.clip import CONTEXT, WIDTH, build_clip, clip_config, to_text_model
+from trainers.loop import LoopConfig, Objective, train
+from trainers.muon import Muon
+from trainers.world.clip import CONTEXT, WIDTH
+from trainers.world.legs import next_leg
 from trainers.world.vae import render_batch
 
 CONFIG = {
@@ -43,7 +46,7 @@ SCHEDULE = {
     "prediction_type": "v_prediction",
     "clip_sample": False,
 }
-POOL, EPOCHS, CHUNK = 16_384, 4, 128
+POOL, EPOCHS, CHUNK = 16_384, 6, 128
 
 
 class UNetObjective(Objective):
@@ -51,8 +54,9 @@ class UNetObjective(Objective):
 
     def __init__(self, unet: UNet2DConditionModel, work: Path, leg: int, batch_size: int = 32) -> None:
         self.module: UNet2DConditionModel = unet.train()
+        unet.set_attn_processor(AttnProcessor())  # at 256 positions and fewer, plain products beat the fused kernel on a CPU
         self.world, self.leg, self.batch_size = load_world(), leg, batch_size
-        self.vae: Any = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
+        self.vae: Any = AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
         self.text: Any
         self.tokenizer, self.text = load_text(work)
         self.noise: Any = DDPMScheduler(**SCHEDULE)
@@ -60,12 +64,18 @@ class UNetObjective(Objective):
         self.latents = self.hidden = torch.empty(0)
         self.nothing = self.encode([""])
 
+    def optimizer(self, parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
+        """Muon inside, AdamW for the first and last convolutions and the embedding of the timestep."""
+        named = self.module.named_parameters()
+        outer = ("conv_in", "conv_out", "time")
+        return Muon(named, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, outer=outer)
+
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Tensor:
-        """Captions -> hidden states [n, 77, d] in bfloat16."""
+        """Captions -> hidden states [n, 77, d]."""
         device = self.text.device
         ids = self.tokenizer(captions, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids.to(device)
-        return self.text(ids).last_hidden_state.bfloat16()
+        return self.text(ids).last_hidden_state
 
     @torch.no_grad()
     def fill(self, pool: int) -> None:
@@ -78,16 +88,16 @@ class UNetObjective(Objective):
         self.nothing = self.nothing.to(device)
         for _ in tqdm(range(POOL // CHUNK), desc="pool", leave=False):
             pixels, captions = render_batch(self.world, rng, CHUNK)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(device.type)):
                 latents.append(self.vae.encode(pixels.to(device)).latent_dist.mean.float() * self.vae.config["scaling_factor"])
                 hidden.append(self.encode(captions))
         self.latents, self.hidden, self.pool = torch.cat(latents), torch.cat(hidden), pool
 
     @staticmethod
     def timesteps(n: int, device: torch.device) -> Tensor:
-        """1000 u^0.75 with one u in each of n equal intervals, shifted together at random."""
+        """1000 u^0.6 with one u in each of n equal intervals, shifted together at random."""
         u = (torch.rand(1) + torch.arange(n) / n) % 1
-        return (1000 * u**0.75).long().clamp(max=999).to(device)
+        return (1000 * u**0.6).long().clamp(max=999).to(device)
 
     def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         per_epoch = POOL // self.batch_size
@@ -107,30 +117,25 @@ class UNetObjective(Objective):
 
 def load_text(work: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """The frozen text encoder of stage "clip"."""
-    tokenizer = CLIPTokenizer.from_pretrained(work / "clip")
-    clip = build_clip(clip_config(len(tokenizer)))
-    clip.load_state_dict(load_file(work / "clip" / "open_clip_model.safetensors"))
-    return tokenizer, to_text_model(clip, tokenizer).requires_grad_(False)
+    text = CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32)
+    return CLIPTokenizer.from_pretrained(work / "tokenizer"), text.eval().requires_grad_(False)
 
 
 def run(work: Path, steps: int | None) -> None:
     """Train and write `work/unet` (a diffusers folder). Where it exists already, this is another leg from there."""
-    torch.manual_seed(0)
     final = work / "unet"
-    unet = UNet2DConditionModel.from_pretrained(final) if final.exists() else UNet2DConditionModel(**CONFIG)
-    leg, folder = next_leg(work, "unet")
-    config = LoopConfig(
-        max_train_steps=steps or 4000,
-        learning_rate=8e-4,
-        lr_scheduler="cosine",
-        lr_warmup_steps=150,
-        weight_decay=0.01,
-        ema_decay=0.999,
-        mixed_precision="bf16",
-        checkpointing_steps=250,
-        seed=leg,
-    )
-    objective = UNetObjective(unet, work, leg)
-    train(objective, config, folder, title="unet")
-    unet.eval().save_pretrained(final)
-    finish_leg(folder)
+    with next_leg(work, "unet") as (leg, folder):
+        unet = UNet2DConditionModel.from_pretrained(final, torch_dtype=torch.float32) if final.exists() else UNet2DConditionModel(**CONFIG)
+        config = LoopConfig(
+            max_train_steps=steps or 4000,
+            learning_rate=1e-3,
+            lr_scheduler="cosine",
+            lr_warmup_steps=150,
+            weight_decay=0.01,
+            ema_decay=0.999,
+            mixed_precision="auto",
+            checkpointing_steps=250,
+            seed=leg,
+        )
+        train(UNetObjective(unet, work, leg), config, folder, title="unet")
+        unet.eval().save_pretrained(final)

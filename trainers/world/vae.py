@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from toolkit.world.captions import caption
 from toolkit.world.scenes import PLACES, SIZE, Scene, World, load_world, random_scene
-from trainers.loop import LoopConfig, Objective, finish_leg, next_leg, train
+from trainers.loop import LoopConfig, Objective, train
+from trainers.world.legs import next_leg
 
 CONFIG = {
     "in_channels": 3,
@@ -35,7 +36,7 @@ KL_WEIGHT = 5e-5
 CROP, CROPS = 32, 64
 
 
-def training_scene(world: World, rng: np.random.Generator, scored: float = 0.75) -> Scene:
+def training_scene(world: World, rng: np.random.Generator, scored: float = 0.85) -> Scene:
     """A scene of the training set: scored objects most of the time, scored and extra ones together otherwise."""
     names = world.names("scored") if rng.random() < scored else world.names("scored", "extra")
     return random_scene(world, names, rng)
@@ -90,25 +91,23 @@ class VAEObjective(Objective):
 
 def run(work: Path, steps: int | None) -> None:
     """Train and write `work/vae` (a diffusers folder). Where it exists already, this is another leg from there."""
-    leg, folder = next_leg(work, "vae")
-    torch.manual_seed(leg)
     total, final = steps or 2800, work / "vae"
-    vae = AutoencoderKL.from_pretrained(final) if final.exists() else AutoencoderKL(**CONFIG)
-    config = LoopConfig(
-        max_train_steps=total,
-        learning_rate=1e-3,
-        lr_scheduler="linear",
-        lr_warmup_steps=50,
-        weight_decay=0.0,
-        ema_decay=0.999,
-        mixed_precision="bf16",
-        checkpointing_steps=250,
-        seed=leg,
-    )
-    objective = VAEObjective(vae, leg, whole_from=total * 4 // 5)
-    train(objective, config, folder, title="vae")
-    finish(objective.module).save_pretrained(final)
-    finish_leg(folder)
+    with next_leg(work, "vae") as (leg, folder):
+        vae = AutoencoderKL.from_pretrained(final, torch_dtype=torch.float32) if final.exists() else AutoencoderKL(**CONFIG)
+        config = LoopConfig(
+            max_train_steps=total,
+            learning_rate=1e-3,
+            lr_scheduler="linear",
+            lr_warmup_steps=50,
+            weight_decay=0.0,
+            ema_decay=0.999,
+            mixed_precision="auto",
+            checkpointing_steps=250,
+            seed=leg,
+        )
+        objective = VAEObjective(vae, leg, whole_from=total * 4 // 5)
+        train(objective, config, folder, title="vae")
+        finish(objective.module).save_pretrained(final)
 
 
 @torch.no_grad()
