@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ def run(work: Path, steps: int | None) -> None:
         part = ASSETS / "emoji-sd.part"
         shutil.rmtree(part, ignore_errors=True)
         Model(SD(pipe), "emoji-sd").save(part)
+        for config in part.glob("*/config.json"):  # not where on this machine it was trained
+            told = json.loads(config.read_text())
+            told.pop("_name_or_path", None)
+            config.write_text(json.dumps(told, indent=2) + "\n")
         shutil.rmtree(ASSETS / "emoji-sd", ignore_errors=True)
         part.rename(ASSETS / "emoji-sd")
     if (work / "oracle.safetensors").exists():
