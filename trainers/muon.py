@@ -62,22 +62,22 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     move = self._muon if group["orthogonal"] else self._adam
-                    parameter.add_(move(parameter, group), alpha=-group["lr"])
+                    parameter.add_(move(parameter, parameter.grad, group), alpha=-group["lr"])
 
-    def _muon(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    def _muon(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        mean = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        step = orthogonalise(parameter.grad.lerp(mean, group["momentum"]).flatten(1))  # Nesterov
+        mean = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        step = orthogonalise(gradient.lerp(mean, group["momentum"]).flatten(1))  # Nesterov
         return step.view_as(parameter) * (0.2 * math.sqrt(max(step.shape)))
 
-    def _adam(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    def _adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[parameter]
         if not state:
             state.update(step=torch.zeros(()), mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
         state["step"] += 1
         first, second = group["betas"]
-        mean = state["mean"].lerp_(parameter.grad, 1 - first) / (1 - first ** state["step"].item())
-        square = state["square"].lerp_(parameter.grad.square(), 1 - second) / (1 - second ** state["step"].item())
+        mean = state["mean"].lerp_(gradient, 1 - first) / (1 - first ** state["step"].item())
+        square = state["square"].lerp_(gradient.square(), 1 - second) / (1 - second ** state["step"].item())
         return mean / (square.sqrt() + 1e-8)

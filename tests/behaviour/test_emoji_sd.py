@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def test_the_model_knows_its_world(world: World, emoji: Model, painter: Painter)
 def test_an_exported_lora_draws_in_diffusers_what_the_edit_draws(emoji: Model, others: tuple[str, ...], tmp_path: Path) -> None:
     edit = load("method", "uce").from_config({}).fit(emoji, EraseTask((Concept(ERASED, anchor="cat"),), preserve=others))
     export(edit, "diffusers-lora", tmp_path, emoji)
-    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji-sd", torch_dtype=torch.float32)
+    pipe: Any = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji-sd", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     plain = draw(pipe)
     with emoji.attached(edit):
@@ -43,7 +44,7 @@ def test_an_exported_lora_draws_in_diffusers_what_the_edit_draws(emoji: Model, o
     assert np.abs(plain - attached).max() > 0.1
 
 
-def draw(pipe: StableDiffusionPipeline) -> np.ndarray:
+def draw(pipe: Any) -> np.ndarray:
     """One image by diffusers' own loop."""
     prompt, generator = f"a {ERASED} on a red background", torch.Generator().manual_seed(0)
     return pipe(prompt, num_inference_steps=5, generator=generator, output_type="np").images[0]

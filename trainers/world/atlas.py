@@ -182,7 +182,7 @@ def open_picture(data: bytes, suffix: str) -> Image.Image:
     """An RGBA picture. An SVG is drawn four times larger than its cell, so that the final resize decides its edges, as for the others."""
     if suffix == ".svg":
         try:
-            from resvg_py import svg_to_bytes
+            from resvg_py import svg_to_bytes  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise AtlasError("rasterising SVG needs resvg-py: pip install resvg-py") from None
         data = bytes(svg_to_bytes(svg_string=data.decode(), width=4 * CELL, height=4 * CELL))
