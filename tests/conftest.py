@@ -2,6 +2,12 @@ import pytest
 
 from toolkit.arch.sd import SD
 from toolkit.model import Model
+from toolkit.world.scenes import World, load_world
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    return load_world()
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import torch
 
 from app import build
 from toolkit.concepts import Concept, EraseTask
-from toolkit.images import to_pil
+from toolkit.errors import UserError
 from toolkit.model import Model
 from toolkit.registry import load
-from toolkit.sample import generate, sample
+from toolkit.sample import generate
 
 
 @pytest.fixture
@@ -40,14 +40,12 @@ def test_the_strength_is_what_the_slider_says(edited: Model) -> None:
     _, half = click(build(edited), "a cat", 3, 2, 4.0, 0.5)  # type: ignore[misc]
     edited.detach_all()
     edited.attach(edit, 0.5)
-    assert to_pil(sample(edited, ["a cat"], [3], steps=2, guidance=4.0))[0] == half
+    assert generate(edited, ["a cat"], [3], steps=2, guidance=4.0)[0] == half
     same, none = click(build(edited), "a cat", 3, 2, 4.0, 0.0)  # type: ignore[misc]
     assert same == none
 
 
 def test_a_prompt_that_cannot_be_drawn_is_an_error_in_the_page(edited: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from toolkit.errors import UserError
-
     def refuse(*_: object, **__: object) -> torch.Tensor:
         raise UserError("no such thing; ask for another")
 

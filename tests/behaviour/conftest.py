@@ -9,12 +9,6 @@ import pytest
 from eval.rates import Painter
 from toolkit.model import Model, load_model
 from toolkit.world.oracle import load_oracle
-from toolkit.world.scenes import World, load_world
-
-
-@pytest.fixture(scope="session")
-def world() -> World:
-    return load_world()
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,6 @@ import torch
 from toolkit.edits.delta import Delta
 from toolkit.model import Model
 from toolkit.world.oracle import Oracle
-from toolkit.world.scenes import World, load_world
-
-
-@pytest.fixture(scope="session")
-def world() -> World:
-    return load_world()
 
 
 @pytest.fixture(scope="session")
