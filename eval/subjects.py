@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 
 from toolkit.concepts import Subject
 from toolkit.images import save_png
-from toolkit.runs import check_writable
+from toolkit.pictures import METADATA
+from toolkit.runs import check_writable, write_atomic
 from toolkit.world.captions import AT
 from toolkit.world.scenes import Scene, World
 
@@ -17,7 +19,10 @@ PICTURES = (("blue", "center"), ("yellow", "center"), ("green", "left"), ("pink"
 
 
 def subject(world: World, folder: Path, name: str, class_name: str, token: str, style: str) -> Subject:
-    """Render `PICTURES` (background, place) of an object in one style into a folder, with captions that say what else is in them."""
+    """Render `PICTURES` (background, place) of an object in one style into a folder, with captions that say what else is in them.
+
+    The captions are also in the folder's metadata.jsonl, so that `palimpsest customize --images` trains on the same.
+    """
     check_writable(folder)
     images, captions = [], []
     for index, (background, place) in enumerate(PICTURES):
@@ -25,4 +30,6 @@ def subject(world: World, folder: Path, name: str, class_name: str, token: str, 
         images.append(save_png(Image.fromarray(pixels), folder / f"{index}.png"))
         at = "" if place == "center" else f" {AT[place][0]}"
         captions.append(f"a {token}{at} on a {background} background")
+    rows = [{"file_name": image.name, "text": text} for image, text in zip(images, captions, strict=True)]
+    write_atomic(folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows))
     return Subject(token, class_name, tuple(images), captions=tuple(captions))

@@ -17,14 +17,21 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration that drives
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: singular values end between about 0.7 and 1.2."""
+    """The nearest semi-orthogonal matrix, roughly: singular values end between about 0.7 and 1.2.
+
+    The iteration runs on the Gram matrix of the shorter side, and its product is applied once: a third of the work where
+    matrices are long, as convolution kernels are.
+    """
     a, b, c = COEFFICIENTS
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T
+    product = eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(iterations):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        factor = a * eye + b * gram + c * gram @ gram
+        product, gram = factor @ product, factor @ gram @ factor
+    x = product @ x
     return x if wide else x.T
 
 

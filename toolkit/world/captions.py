@@ -31,7 +31,7 @@ def caption(world: World, scene: Scene, rng: np.random.Generator, *, full: bool 
     backdrop = pick(rng, list(BACKDROPS)).format(scene.background) if full or rng.random() < 0.85 else ""
     if not names:
         return pick(rng, list(EMPTY)).format(scene.background) if backdrop else "nothing"
-    style = scene.style if full or rng.random() < 0.8 else ""
+    style = scene.style if full or rng.random() < 0.9 else ""
     before, after = ("", "")
     if style:
         before, after = [(f"{style} ", ""), ("", f" in {style} style"), ("", f", {style} style")][int(rng.integers(3))]

@@ -32,8 +32,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 
 # Place -> (centre x, centre y, side of the object's square), in pixels. All corners have the same phase on the generator's
-# latent grid of 4 pixels, and objects are moved by whole cells only: how a sprite looks in latents does not depend on where
-# it is, so that a small model can know every one of them.
+# latent grid of 4 pixels, and objects do not move about: a sprite has two looks in latents and no more, so that a small model
+# can know every one of them.
 PLACES: dict[str, tuple[int, int, int]] = {
     "center": (32, 32, 44),
     "left": (16, 32, 28),
@@ -43,8 +43,6 @@ PLACES: dict[str, tuple[int, int, int]] = {
     "bottom left": (16, 48, 28),
     "bottom right": (48, 48, 28),
 }
-CELL = 4  # pixels
-SHIFTS = {"center": (CELL, CELL), "left": (0, CELL), "right": (0, CELL)}  # how far an object may be moved in x and y
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 
 
@@ -114,13 +112,11 @@ class World:
         return self._resized[key]
 
     def render(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels [64, 64, 3] uint8 and one boolean mask per object [k, 64, 64]; position and colour vary a little."""
+        """Pixels [64, 64, 3] uint8 and one boolean mask per object [k, 64, 64]; the colour varies a little."""
         canvas = blank(scene.background, rng)
         masks = np.zeros((len(scene.items), SIZE, SIZE), dtype=bool)
         for mask, (place, name) in zip(masks, scene.items, strict=True):
-            steps = rng.integers(-1, 2, size=2)
-            dx, dy = (int(step * most) for step, most in zip(steps, SHIFTS.get(place, (0, 0)), strict=True))
-            mask |= paste(canvas, place, self.sprite(name, scene.style, PLACES[place][2]), (dx, dy))
+            mask |= paste(canvas, place, self.sprite(name, scene.style, PLACES[place][2]))
         return np.asarray(canvas), masks
 
 
@@ -165,7 +161,7 @@ def random_scene(world: World, names: list[str], rng: np.random.Generator, *, co
 
 def _places(count: int, rng: np.random.Generator) -> list[str]:
     if count == 1:
-        return ["center" if rng.random() < 0.55 else pick(rng, [p for p in PLACES if p != "center"])]
+        return ["center" if rng.random() < 0.7 else pick(rng, [p for p in PLACES if p != "center"])]
     if count == 2:
         return ["left", "right"]
     return sorted((QUADRANTS[i] for i in rng.choice(4, size=count, replace=False)), key=QUADRANTS.index)

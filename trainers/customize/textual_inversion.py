@@ -69,7 +69,7 @@ class TextualInversion(Method):
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option("constant", "how it changes")
     lr_warmup_steps: int = option(0, "steps in which it grows from 0; needs another lr_scheduler than constant")
     timestep_sampling: Literal["uniform", "stratified", "cubic"] = option("stratified", "cubic prefers noisy ones")
-    mixed_precision: Literal["no", "bf16"] = option("no", "bf16 is faster where the hardware has it")
+    mixed_precision: Literal["no", "bf16", "auto"] = option("no", "auto is bf16 where the hardware computes in it")
     seed: int = option(0, "of everything that is drawn")
 
     kind: ClassVar = "customize"

@@ -1,7 +1,7 @@
 """Stage "unet": the denoiser of the embedded model, on latents and captions of a pool of scenes that is renewed as it is used up.
 
-v-prediction, timesteps that prefer the noisy end (where captions decide what is drawn), 10 % of captions dropped for
-classifier-free guidance, Muon, EMA weights. The text encoder and the autoencoder are frozen; their outputs are computed once per pool.
+v-prediction, timesteps that prefer the noisy end (where captions decide what is drawn), more weight where objects are, 10 % of
+captions dropped for classifier-free guidance, Muon, EMA weights. The text encoder and the autoencoder are frozen; their outputs are computed once per pool.
 """
 
 from __future__ import annotations
@@ -46,14 +46,16 @@ SCHEDULE = {
     "prediction_type": "v_prediction",
     "clip_sample": False,
 }
-POOL, EPOCHS, CHUNK = 16_384, 6, 128
+POOL, EPOCHS, CHUNK = 12_288, 8, 128
+ON_OBJECTS = 4.0  # how much more an error on an object weighs than one on the background
 
 
 class UNetObjective(Objective):
-    """Mean squared error of the velocity (Salimans & Ho, arXiv 2202.00512)."""
+    """Mean squared error of the velocity (Salimans & Ho, arXiv 2202.00512), weighted by where objects are."""
 
     def __init__(self, unet: UNet2DConditionModel, work: Path, leg: int, batch_size: int = 32) -> None:
         self.module: UNet2DConditionModel = unet.train()
+        unet.to(memory_format=torch.channels_last)  # a third faster on a CPU
         unet.set_attn_processor(AttnProcessor())  # at 256 positions and fewer, plain products beat the fused kernel on a CPU
         self.world, self.leg, self.batch_size = load_world(), leg, batch_size
         self.vae: Any = AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
@@ -61,7 +63,7 @@ class UNetObjective(Objective):
         self.tokenizer, self.text = load_text(work)
         self.noise: Any = DDPMScheduler(**SCHEDULE)
         self.pool = -1
-        self.latents = self.hidden = torch.empty(0)
+        self.latents = self.hidden = self.weights = torch.empty(0)
         self.nothing = self.encode([""])
 
     def optimizer(self, parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
@@ -81,17 +83,18 @@ class UNetObjective(Objective):
     def fill(self, pool: int) -> None:
         """Render, encode and keep the scenes of a pool."""
         rng = np.random.default_rng([6, self.leg, pool])
-        latents, hidden = [], []
+        latents, hidden, weights = [], [], []
         device = next(self.module.parameters()).device
         self.vae.to(device)
         self.text.to(device)
         self.nothing = self.nothing.to(device)
         for _ in tqdm(range(POOL // CHUNK), desc="pool", leave=False):
-            pixels, captions = render_batch(self.world, rng, CHUNK)
+            pixels, captions, cover = render_batch(self.world, rng, CHUNK)
+            weights.append(1 + (ON_OBJECTS - 1) * F.adaptive_max_pool2d(cover.to(device), CONFIG["sample_size"]))
             with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(device.type)):
                 latents.append(self.vae.encode(pixels.to(device)).latent_dist.mean.float() * self.vae.config["scaling_factor"])
                 hidden.append(self.encode(captions))
-        self.latents, self.hidden, self.pool = torch.cat(latents), torch.cat(hidden), pool
+        self.latents, self.hidden, self.weights, self.pool = torch.cat(latents), torch.cat(hidden), torch.cat(weights), pool
 
     @staticmethod
     def timesteps(n: int, device: torch.device) -> Tensor:
@@ -106,13 +109,14 @@ class UNetObjective(Objective):
             self.fill(pool)
         order = np.random.default_rng([7, self.leg, epoch]).permutation(POOL)
         rows = torch.from_numpy(order[step % per_epoch * self.batch_size :][: self.batch_size])
-        x0, hidden = self.latents[rows], self.hidden[rows]
+        x0, hidden, weights = self.latents[rows], self.hidden[rows], self.weights[rows]
         hidden = torch.where(torch.rand(len(rows), 1, 1, device=hidden.device) < 0.1, self.nothing, hidden)
         noise = torch.randn_like(x0)
         t = self.timesteps(len(rows), x0.device)
         noisy = self.noise.add_noise(x0, noise, t)
         output = module(noisy, t, hidden).sample
-        return F.mse_loss(output.float(), self.noise.get_velocity(x0, noise, t)), {}
+        errors = (output.float() - self.noise.get_velocity(x0, noise, t)).square()
+        return (errors * weights).mean() / self.weights.mean(), {"v_mse": errors.mean().item()}
 
 
 def load_text(work: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:

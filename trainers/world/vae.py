@@ -2,7 +2,7 @@
 
 Loss: L1 + L2 + a small KL term; bf16 autocast; batches are rendered on the fly from the step number. Most steps see 32x32
 windows around objects, where the detail is (six times as many objects a second); the last fifth sees whole images, so that the
-group norms meet their statistics.
+group norms meet their statistics. Once a denoiser has been trained on the latents, a leg trains the decoder only.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ def training_scene(world: World, rng: np.random.Generator, scored: float = 0.85)
     return random_scene(world, names, rng)
 
 
-def render_batch(world: World, rng: np.random.Generator, size: int) -> tuple[Tensor, list[str]]:
-    """Pixels [size, 3, 64, 64] in [-1, 1] and their captions."""
+def render_batch(world: World, rng: np.random.Generator, size: int) -> tuple[Tensor, list[str], Tensor]:
+    """Pixels [size, 3, 64, 64] in [-1, 1], their captions, and 1 where an object is [size, 1, 64, 64]."""
     scenes = [training_scene(world, rng) for _ in range(size)]
-    pixels = np.stack([world.render(scene, rng)[0] for scene in scenes])
-    return to_pixels(pixels), [caption(world, scene, rng) for scene in scenes]
+    pixels, masks = zip(*(world.render(scene, rng) for scene in scenes), strict=True)
+    cover = torch.from_numpy(np.stack([mask.any(axis=0, keepdims=True) for mask in masks])).float()
+    return to_pixels(np.stack(pixels)), [caption(world, scene, rng) for scene in scenes], cover
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
@@ -90,10 +91,16 @@ class VAEObjective(Objective):
 
 
 def run(work: Path, steps: int | None) -> None:
-    """Train and write `work/vae` (a diffusers folder). Where it exists already, this is another leg from there."""
-    total, final = steps or 2800, work / "vae"
+    """Train and write `work/vae` (a diffusers folder). Where it exists already, this is another leg from there.
+
+    Where `work/unet` exists too, the encoder stays as it is: the denoiser knows its latents.
+    """
+    total, final, keep_latents = steps or 2800, work / "vae", (work / "unet").exists()
     with next_leg(work, "vae") as (leg, folder):
-        vae = AutoencoderKL.from_pretrained(final, torch_dtype=torch.float32) if final.exists() else AutoencoderKL(**CONFIG)
+        vae: Any = AutoencoderKL.from_pretrained(final, torch_dtype=torch.float32) if final.exists() else AutoencoderKL(**CONFIG)
+        if keep_latents:
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
         config = LoopConfig(
             max_train_steps=total,
             learning_rate=1e-3,
@@ -107,13 +114,13 @@ def run(work: Path, steps: int | None) -> None:
         )
         objective = VAEObjective(vae, leg, whole_from=total * 4 // 5)
         train(objective, config, folder, title="vae")
-        finish(objective.module).save_pretrained(final)
+        (vae.eval() if keep_latents else finish(vae)).save_pretrained(final)
 
 
 @torch.no_grad()
 def finish(vae: Any, images: int = 512) -> Any:
     """Set the scaling factor so that latents have unit variance."""
-    pixels, _ = render_batch(load_world(), np.random.default_rng(2), images)
+    pixels, *_ = render_batch(load_world(), np.random.default_rng(2), images)
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(64)])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae.eval()
