@@ -45,8 +45,8 @@ class Painter:
     """
 
     oracle: Oracle
-    steps: int = 20
-    guidance: float = 5.0
+    steps: int = 12
+    guidance: float = 2.0
     batch_size: int | None = None
     amp: bool | None = None
     _kept: dict[Any, Shown] = field(default_factory=dict, repr=False)

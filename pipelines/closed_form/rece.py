@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from pipelines.closed_form.edit import as_edit
 from pipelines.closed_form.rows import KeepChoice, Nothing, RowChoice, encode_task
 from pipelines.closed_form.uce import UCE
@@ -59,6 +61,7 @@ class RECE(Method):
     preserve_scale: float = option(0.1, "weight of each kept row in the epochs")
     preserve_rows: KeepChoice = option("all", "rows of preserved prompts that are kept: all, or to_eot (without padding)")
     lamb: float = option(0.1, "weight of staying close to the weights of the epoch before")
+    again: bool = option(True, "in each epoch move the concept's own rows again, beside those derived from them")
     uce_erase_scale: float = option(1.0, "weight of each moved row in UCE")
     uce_preserve_scale: float = option(1.0, "weight of each kept row in UCE")
     uce_lamb: float = option(0.5, "weight of staying close to the given weights in UCE")
@@ -87,9 +90,8 @@ class RECE(Method):
         edits, scores = [], []
         for epoch in range(1, self.epochs + 1):
             derived = preimage([original @ change.matrix()], [original], concept, self.reg)
-            step = closed_form(
-                derived, target, keep, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale, lamb=self.lamb
-            )
+            rows, goals = (torch.cat([derived, concept]), torch.cat([target, target])) if self.again else (derived, target)
+            step = closed_form(rows, goals, keep, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale, lamb=self.lamb)
             change = change.then(step)
             if score is not None:
                 edits.append(as_edit(model, self, change, {"epoch": epoch}))
