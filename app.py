@@ -62,7 +62,7 @@ def build(model: Model) -> gr.Blocks:
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0)
             steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Steps")
-            guidance = gr.Slider(1, 15, 5, label="Guidance scale")
+            guidance = gr.Slider(1, 15, model.guidance, label="Guidance scale")
         names = [f"{edit.info.method or edit.kind()} {' '.join(edit.info.triggers)}".strip() for edit in edits]
         scales = [
             gr.Slider(0, 2, scale, label=f"Strength of {name}", interactive=edit.scalable)

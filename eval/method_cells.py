@@ -117,7 +117,7 @@ def plan(world: World, chosen: Chosen, n: int) -> list[Cell]:
         Cell(method, section, task, goal, about) for method in ERASERS for (section, task, goal), about in zip(goals, prompts, strict=True)
     ]
     for name in chosen.objects:
-        goal = EraseTask((Concept(name),), others(world, [name]))
+        goal = EraseTask((Concept(name),), make.everything_else(world, [name]))
         cells.append(Cell(BARE, "bare", f"{name} without synonyms", goal, by_synonyms(world, goal, n)))
     half = max(1, n // 2)
     for one, rest in zip(portraits, shares(world, [set() for _ in portraits], half), strict=True):
@@ -135,7 +135,7 @@ def erasures(world: World, chosen: Chosen) -> Iterator[tuple[str, str, EraseTask
 
     def objects(names: Sequence[str], anchor: str | None = None) -> EraseTask:
         concepts = tuple(Concept(name, world.things[name].given, anchor) for name in names)
-        return EraseTask(concepts, others(world, names))
+        return EraseTask(concepts, make.everything_else(world, names))
 
     for name in chosen.objects:
         yield "objects", name, objects([name])
@@ -144,13 +144,8 @@ def erasures(world: World, chosen: Chosen) -> Iterator[tuple[str, str, EraseTask
     yield "group", GROUP, objects(world.group(GROUP))
     for style, anchor in product(STYLES, (STYLE_ANCHOR, None)):
         rest = tuple(other for other in world.styles if other != style)
-        goal = EraseTask((Concept(style, anchor=anchor, kind="style"),), (*rest, *others(world, ())))
+        goal = EraseTask((Concept(style, anchor=anchor, kind="style"),), (*rest, *make.everything_else(world, ())))
         yield "styles", f"{style} to {anchor or 'nothing'}", goal
-
-
-def others(world: World, names: Sequence[str]) -> tuple[str, ...]:
-    """Every other scored object."""
-    return tuple(name for name in world.names("scored") if name not in names)
 
 
 def subjects(world: World) -> Iterator[Portrait]:

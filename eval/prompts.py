@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import cycle, product
 from typing import Literal
 
 import numpy as np
@@ -124,6 +124,15 @@ def learned(token: str, name: str, n: int, *, seed: int = 0) -> list[Prompt]:
         for form, background, place in product(PLAIN, BACKGROUNDS, where)
     ]
     return spread(prompts, n, seed, f"learned {name}")
+
+
+def everything_else(world: World, erased: Collection[str]) -> tuple[str, ...]:
+    """What an edit that erases these objects is told to preserve: every other scored one, bare and on one of the backgrounds.
+
+    With the names alone, what an object looks like in a longer prompt is not preserved well.
+    """
+    names = [name for name in world.names("scored") if name not in erased]
+    return (*names, *(f"{name} on a {background} background" for name, background in zip(names, cycle(BACKGROUNDS))))
 
 
 def spread(prompts: Sequence[Prompt], n: int, seed: int, key: str) -> list[Prompt]:

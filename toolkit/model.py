@@ -55,6 +55,11 @@ class Model:
         self._entered: list[tuple[Edit, Any]] = []
         self._read_base()
 
+    @property
+    def guidance(self) -> float:
+        """The classifier-free guidance scale when none is given: 2 for the embedded model, which larger ones spoil, else 5."""
+        return 2.0 if self.source == "emoji-sd" else 5.0
+
     # --- edits --------------------------------------------------------------------------------------------------
     @property
     def edits(self) -> Attached:

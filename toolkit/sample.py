@@ -86,7 +86,7 @@ def sample(
     seeds: Sequence[int],
     *,
     steps: int = 20,
-    guidance: float = 5.0,
+    guidance: float | None = None,
     negative: str = "",
     hooks: Sequence[Hook] = (),
     batch_size: int | None = None,
@@ -96,16 +96,17 @@ def sample(
 ) -> Tensor:
     """Images [n, 3, h, w] in [0, 1], float32 on the CPU: one for each prompt with its seed.
 
-    guidance: classifier-free guidance scale; 1 skips the second prediction and ignores `negative`. batch_size: images at
-    once; None is 64, and fewer above 128 pixels. size: pixels, a side or (height, width); None is the model's own.
-    progress: called with (image steps done, in total) after every step. amp: bfloat16 autocast around the denoiser and
-    the decoder.
+    guidance: classifier-free guidance scale, None is the model's own; 1 skips the second prediction and ignores `negative`.
+    batch_size: images at once; None is 64, and fewer above 128 pixels. size: pixels, a side or (height, width); None is the
+    model's own. progress: called with (image steps done, in total) after every step. amp: bfloat16 autocast around the
+    denoiser and the decoder.
     """
     if len(prompts) != len(seeds):
         raise UserError(f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt")
     arch = model.arch
     height, width = (size, size) if isinstance(size, int) else size or (arch.image_size, arch.image_size)
     batch_size = batch_size or max(1, min(64, 2**20 // (height * width)))
+    guidance = model.guidance if guidance is None else guidance
     guided = guidance != 1.0
     rows, text = _encode_once(model, [negative, *prompts] if guided else prompts, batch_size)
     if guided:

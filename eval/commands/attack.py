@@ -21,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=64, help="images per object (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance scale (default %(default)s)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 2)")
     parser.add_argument("--batch-size", type=int, help="images at once; default: by their size")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
 

@@ -20,9 +20,15 @@ HELP = "erase, customize, attack and report on the embedded model, end to end"
 
 WEAPON, ERASER = "pistol", "rece"
 SUBJECT, CLASS_NAME, TOKEN, STYLE, LEARNER = "penguin", "bird", "<pal>", "noto", "textual_inversion"
-ERASER_OPTIONS: dict[str, Any] = {}
-LEARNER_OPTIONS: dict[str, Any] = {}
-IMAGES, STEPS = 24, 12  # images per measurement and denoising steps: few, so that two cores need minutes
+ERASER_OPTIONS: dict[str, Any] = {"uce_preserve_scale": 0.3, "preserve_scale": 0.3}
+LEARNER_OPTIONS: dict[str, Any] = {
+    "num_vectors": 4,
+    "max_train_steps": 200,
+    "learning_rate": 0.01,
+    "timestep_sampling": "cubic",
+    "mixed_precision": "auto",
+}
+IMAGES, STEPS = 24, 8  # images per measurement and denoising steps: few, so that two cores need minutes
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -111,13 +117,13 @@ class Demo:
     # --- erase ------------------------------------------------------------------------------------------------------
     def erase(self) -> Edit:
         """Fit an edit that erases the weapon; every other object of the world is preserved."""
+        from eval.prompts import everything_else
         from toolkit import registry
         from toolkit.concepts import Concept, EraseTask
 
         self.say(f"erasing the {WEAPON} and its synonyms with {ERASER}")
         thing = self.world.things[WEAPON]
-        others = tuple(name for name in self.world.names("scored") if name != WEAPON)
-        task = EraseTask((Concept(WEAPON, synonyms=thing.given),), preserve=others)
+        task = EraseTask((Concept(WEAPON, synonyms=thing.given),), preserve=everything_else(self.world, [WEAPON]))
         edit = registry.load("method", ERASER).from_config(ERASER_OPTIONS).fit(self.model, task)
         self.save(edit, "erased")
         return edit

@@ -36,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--n", type=int, help="images per erased or learnt concept (default 64), of the rest 8 N in all; or per prompt (1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance scale (default %(default)s)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 2 for emoji-sd, else 5)")
     parser.add_argument("--batch-size", type=int, help="images at once; default: by their size")
     parser.add_argument("--out", metavar="DIR", help="write before/after pictures and report.json into this folder")
 
@@ -138,7 +138,8 @@ def painter(args: Namespace) -> Painter:
     from eval.rates import Painter
     from toolkit.world.oracle import load_oracle
 
-    return Painter(load_oracle(), args.steps, args.guidance, args.batch_size)
+    chosen = {} if args.guidance is None else {"guidance": args.guidance}
+    return Painter(load_oracle(), args.steps, batch_size=args.batch_size, **chosen)
 
 
 def open_clip(args: Namespace) -> Clip:

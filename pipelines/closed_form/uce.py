@@ -32,7 +32,8 @@ class UCE(Method):
         edit is low-rank: W0 U per layer and one V shared by all, D = U V.
 
     Defaults
-        erase_scale 1, preserve_scale 1 and lamb 0.5 are the official code's. rows "all" instead of its last subject
+        erase_scale 1 and lamb 0.5 are the official code's; preserve_scale 0.1 is that of the code at the time of the paper
+        from ten preserved prompts on (1/n for n fewer; the current one takes 1, which erases less). rows "all" instead of its last subject
         token: in a causal text encoder every later token, padding included, carries the concept too. The rows of
         pipelines/closed_form/rows.py say how prompts are paired.
 
@@ -47,7 +48,7 @@ class UCE(Method):
     rows: RowChoice = option("all", "token rows that are moved: last_subject, tail_aligned or all")
     nothing: Nothing = option("empty_prompt", "where a concept without an anchor goes: empty_prompt, or the template without it")
     erase_scale: float = option(1.0, "weight of each moved row")
-    preserve_scale: float = option(1.0, "weight of each kept row")
+    preserve_scale: float = option(0.1, "weight of each kept row")
     preserve_rows: KeepChoice = option("all", "rows of preserved prompts that are kept: all, or to_eot (without padding)")
     lamb: float = option(0.5, "weight of staying close to the given weights")
 

@@ -18,7 +18,7 @@ def emoji() -> Model:
 
 @pytest.fixture(scope="session")
 def painter() -> Painter:
-    return Painter(load_oracle(), steps=10)
+    return Painter(load_oracle(), steps=8)
 
 
 @pytest.fixture(autouse=True)

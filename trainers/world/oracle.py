@@ -63,9 +63,7 @@ def draw(world: World, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarr
     return np.asarray(canvas), truth
 
 
-def place_loosely(
-    canvas: Image.Image, place: str, world: World, name: str, style: str, rng: np.random.Generator, spoilt: bool
-) -> None:
+def place_loosely(canvas: Image.Image, place: str, world: World, name: str, style: str, rng: np.random.Generator, spoilt: bool) -> None:
     """Draw an object, spoilt or not, up to 3 pixels (4 in the middle) beside its place and up to 2 larger or smaller."""
     sprite = world.sprite(name, style, PLACES[place][2] + int(rng.integers(-2, 3)))
     reach = 4 if place == "center" else 3

@@ -1,7 +1,8 @@
 """Stage "unet": the denoiser of the embedded model, on latents and captions of a pool of scenes that is renewed as it is used up.
 
 v-prediction, timesteps that prefer the noisy end (where captions decide what is drawn), more weight where objects are, 10 % of
-captions dropped for classifier-free guidance, Muon, EMA weights. The text encoder and the autoencoder are frozen; their outputs are computed once per pool.
+captions dropped for classifier-free guidance, Muon, EMA weights. The text encoder and the autoencoder are frozen; their outputs
+are computed once per pool.
 """
 
 from __future__ import annotations
