@@ -73,13 +73,18 @@ def run(args: Namespace) -> dict[str, Any]:
 
 @dataclass
 class Demo:
-    """The steps of the demo. rows: what was measured so far. edits and pictures: the files written so far."""
+    """The steps of the demo.
+
+    rows: what was measured so far. edits and pictures: the files written so far. shown: the rows of the last picture, which
+    sums up the others.
+    """
 
     out: Path
     suite: Suite
     rows: list[dict[str, Any]] = field(default_factory=list)
     edits: list[str] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
+    shown: list[Any] = field(default_factory=list)
     _start: float = field(default_factory=time.perf_counter)
 
     @property
@@ -150,10 +155,11 @@ class Demo:
             attacked = ClosedFormPreimage().run(scenario)
             self.row(f"{WEAPON} drawn, closed-form preimage (white-box)", attacked.attack_success_rate)
             clean = drawn_instead(after, target.names)
-            self.row("instead: an empty background", clean["none"])
+            self.row("instead: no object that the oracle knows", clean["none"])
             self.row("instead: another object", clean["other"])
             self.row("instead: the background asked for", share(after, background_right), share(before, background_right))
             self.picture("erased", before, after)
+            self.shown += [before, after]
             self.say("asking for everything else")
             names = [name for name in self.world.names("scored") if name != WEAPON]
             old, new = suite.both(objects(self.world, names, len(names), seed=suite.seed), "everything else")
@@ -190,6 +196,7 @@ class Demo:
         self.row(f"{SUBJECT} drawn, by its name before and by {TOKEN} after", share(shown, object_right), share(named, object_right))
         self.row(f"{TOKEN} on the background asked for", share(shown, background_right))
         self.picture("learned", shown)
+        self.shown.append(shown)
 
     # --- compose ----------------------------------------------------------------------------------------------------
     def compose(self, eraser: Edit, subject: Edit) -> None:
@@ -208,4 +215,5 @@ class Demo:
         self.row(f"composed: {TOKEN} drawn", share(shown, object_right))
         self.row(f"composed: {WEAPON} drawn", target_accuracy(armed, {WEAPON}))
         self.picture("composed", shown[:8], armed[:8])
+        self.picture("demo", *self.shown)
         self.say("done")
