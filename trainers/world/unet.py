@@ -56,7 +56,7 @@ class UNetObjective(Objective):
 
     def __init__(self, unet: UNet2DConditionModel, work: Path, leg: int, batch_size: int = 32) -> None:
         self.module: UNet2DConditionModel = unet.train()
-        unet.to(memory_format=torch.channels_last)  # a third faster on a CPU
+        nn.Module.to(unet, memory_format=torch.channels_last)  # 7 % faster on a CPU
         unet.set_attn_processor(AttnProcessor())  # at 256 positions and fewer, plain products beat the fused kernel on a CPU
         self.world, self.leg, self.batch_size = load_world(), leg, batch_size
         self.vae: Any = AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
