@@ -71,6 +71,7 @@ def test_the_shown_commands_are_understood(line: str) -> None:
     parser = ArgumentParser(exit_on_error=False)
     registry.load("command", name).add_arguments(parser)
     args = parser.parse_args(words)
+    assert all(vars(args)[word[2:].replace("-", "_")] for word in words if word.startswith("--")), "every shown option is read"
     if name in ("erase", "customize"):
         open_method(name, args.method, args.set)
     if name == "attack":

@@ -96,6 +96,7 @@ class UNetObjective(Objective):
                 latents.append(self.vae.encode(pixels.to(device)).latent_dist.mean.float() * self.vae.config["scaling_factor"])
                 hidden.append(self.encode(captions))
         self.latents, self.hidden, self.weights, self.pool = torch.cat(latents), torch.cat(hidden), torch.cat(weights), pool
+        self.weights /= self.weights.mean()
 
     @staticmethod
     def timesteps(n: int, device: torch.device) -> Tensor:
@@ -117,7 +118,7 @@ class UNetObjective(Objective):
         noisy = self.noise.add_noise(x0, noise, t)
         output = module(noisy, t, hidden).sample
         errors = (output.float() - self.noise.get_velocity(x0, noise, t)).square()
-        return (errors * weights).mean() / self.weights.mean(), {"v_mse": errors.mean().item()}
+        return (errors * weights).mean(), {"v_mse": errors.mean().item()}
 
 
 def load_text(work: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
