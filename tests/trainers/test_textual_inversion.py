@@ -17,7 +17,7 @@ from toolkit.io.files import load_edit
 from toolkit.model import Model
 from toolkit.prompt_search import TokenRows
 from toolkit.runs import seeded
-from trainers.customize.textual_inversion import Denoising, TextualInversion, batch, captions, timesteps, weights
+from trainers.customize.textual_inversion import Denoising, TextualInversion, batch, captions, weights
 from trainers.loop import LoopConfig, train
 
 SITE = "text_encoder:<toy>"
@@ -132,14 +132,10 @@ def test_masks_weigh_the_error(tiny: Model, tmp_path: Path) -> None:
     assert not torch.equal(masked.delta(SITE), whole.delta(SITE))
 
 
-def test_pictures_and_timesteps_are_spread() -> None:
+def test_pictures_are_spread() -> None:
     draw = seeded("test")
     counts = torch.bincount(batch(3, 8, draw), minlength=3)
     assert counts.sum() == 8 and counts.min() == 2 and counts.max() == 3 and len(set(batch(5, 4, draw).tolist())) == 4
-    for _ in range(20):
-        assert sorted(t // 125 for t in timesteps("stratified", 8, 1000, draw).tolist()) == list(range(8))
-    means = {kind: timesteps(kind, 20_000, 1000, draw).double().mean().item() for kind in ("uniform", "stratified", "cubic")}
-    assert means == pytest.approx({"uniform": 500, "stratified": 500, "cubic": 750}, abs=12)
 
 
 def test_the_command_line_learns_from_a_folder(tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from toolkit.runs import seeded
 from toolkit.world.scenes import ASSETS
 from trainers.loop import LoopConfig, Objective, train
 from trainers.photos import load_masks, load_photos, to_latents
+from trainers.timesteps import timesteps
 
 if TYPE_CHECKING:
     from toolkit.edits.token import TokenEdit
@@ -159,20 +160,6 @@ def batch(count: int, size: int, generator: torch.Generator) -> Tensor:
     """`size` of `count` numbers, each as often as the others up to one."""
     rounds = [torch.randperm(count, generator=generator) for _ in range(math.ceil(size / count))]
     return torch.cat(rounds)[:size]
-
-
-def timesteps(kind: str, count: int, total: int, generator: torch.Generator) -> Tensor:
-    """`count` timesteps below `total`.
-
-    uniform: independent. stratified: one in each of `count` equal parts, in random order. cubic: (1 - u^3) of the total,
-    u uniform, as in diffusers' T2I-Adapter training.
-    """
-    u = torch.rand(count, generator=generator, dtype=torch.float64)
-    if kind == "stratified":
-        u = (torch.randperm(count, generator=generator) + u) / count
-    if kind == "cubic":
-        u = 1 - u**3
-    return (u * total).long().clamp(max=total - 1)
 
 
 def summary(losses: Sequence[float]) -> dict[str, float]:

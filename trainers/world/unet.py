@@ -23,6 +23,7 @@ from toolkit.runs import computes_in_bf16
 from toolkit.world.scenes import load_world
 from trainers.loop import LoopConfig, Objective, train
 from trainers.muon import Muon
+from trainers.timesteps import stratified
 from trainers.world.clip import CONTEXT, WIDTH
 from trainers.world.legs import next_leg
 from trainers.world.vae import render_batch
@@ -99,10 +100,9 @@ class UNetObjective(Objective):
         self.weights /= self.weights.mean()
 
     @staticmethod
-    def timesteps(n: int, device: torch.device) -> Tensor:
-        """1000 u^0.6 with one u in each of n equal intervals, shifted together at random."""
-        u = (torch.rand(1) + torch.arange(n) / n) % 1
-        return (1000 * u**0.6).long().clamp(max=999).to(device)
+    def timesteps(count: int) -> Tensor:
+        """1000 u^0.6 [count], u stratified over the batch: more noisy ones than others."""
+        return (1000 * stratified(count) ** 0.6).long().clamp(max=999)
 
     def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         per_epoch = POOL // self.batch_size
@@ -114,7 +114,7 @@ class UNetObjective(Objective):
         x0, hidden, weights = self.latents[rows], self.hidden[rows], self.weights[rows]
         hidden = torch.where(torch.rand(len(rows), 1, 1, device=hidden.device) < 0.1, self.nothing, hidden)
         noise = torch.randn_like(x0)
-        t = self.timesteps(len(rows), x0.device)
+        t = self.timesteps(len(rows)).to(x0.device)
         noisy = self.noise.add_noise(x0, noise, t)
         output = module(noisy, t, hidden).sample
         errors = (output.float() - self.noise.get_velocity(x0, noise, t)).square()
