@@ -12,10 +12,7 @@ def timesteps(kind: str, count: int, total: int, generator: Generator) -> Tensor
     uniform: independent. stratified: one in each of `count` equal parts, in random order. cubic: (1 - u^3) of the total,
     u uniform, as in diffusers' T2I-Adapter training.
     """
-    if kind == "stratified":
-        u = stratified(count, generator)
-    else:
-        u = torch.rand(count, generator=generator, dtype=torch.float64)
+    u = stratified(count, generator) if kind == "stratified" else torch.rand(count, generator=generator, dtype=torch.float64)
     if kind == "cubic":
         u = 1 - u**3
     return (u * total).long().clamp(max=total - 1)
