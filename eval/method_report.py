@@ -15,7 +15,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,7 +55,6 @@ class Bench:
     n: int
     work: Path
     methods: Mapping[str, Method]
-    _drawn: dict[Prompt, Shown] = field(default_factory=dict)
 
     def file(self, name: str, *made_with: Any) -> Path:
         """The JSON file of what is measured with these settings on this model; other settings have another file."""
@@ -86,7 +85,7 @@ class Bench:
 
     def drawn(self, name: str) -> float:
         """How often the unedited model draws an object that it is asked for by name."""
-        shown = self.unedited(make.single(self.world, name, self.n), name)
+        shown = self.painter.draw(self.model, make.single(self.world, name, self.n), name)
         return share(shown, object_right).value
 
     # --- cells --------------------------------------------------------------------------------------------------------
@@ -98,7 +97,7 @@ class Bench:
                 edit = method.fit(self.model, task)
             size = save_edit(edit, Path(folder) / FILE_NAME).stat().st_size
         asked = [pair for prompts in cell.asked.values() for pair in prompts]
-        before = self.unedited([first for first, _ in asked], f"{cell.name}, before")
+        before = self.painter.draw(self.model, [first for first, _ in asked], f"{cell.name}, before")
         with self.model.attached(edit):
             after = self.painter.draw(self.model, [second for _, second in asked], f"{cell.name}, after")
         by_name = slice(0, len(cell.asked.get("name", ())))
@@ -115,13 +114,6 @@ class Bench:
             "after": [to_json(shown) for shown in after],
         }
         write_atomic(self.cell_file(cell), json.dumps(record, ensure_ascii=False))
-
-    def unedited(self, prompts: Sequence[Prompt], title: str) -> list[Shown]:
-        """What the unedited model draws; each prompt is drawn once, whichever cells ask for it."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._drawn]
-        if missing:
-            self._drawn.update(zip(missing, self.painter.draw(self.model, missing, title), strict=True))
-        return [self._drawn[prompt] for prompt in prompts]
 
     def measured(self, cell: Cell) -> Measured | None:
         """What the cell's file holds, None when there is none."""
@@ -188,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="METHOD.K=V", help="options of the methods")
     parser.add_argument("--n", type=int, default=64, help="images of an erased concept by name (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="denoising steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=Painter.steps, help="denoising steps (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs/methods-measured.md"), help="the page (default %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("out/method-report"), help="the cells' folder (default %(default)s)")

@@ -138,8 +138,8 @@ def painter(args: Namespace) -> Painter:
     from eval.rates import Painter
     from toolkit.world.oracle import load_oracle
 
-    chosen = {} if args.guidance is None else {"guidance": args.guidance}
-    return Painter(load_oracle(), args.steps, batch_size=args.batch_size, **chosen)
+    guidance = Painter.guidance if args.guidance is None else args.guidance
+    return Painter(load_oracle(), args.steps, guidance, args.batch_size)
 
 
 def open_clip(args: Namespace) -> Clip:

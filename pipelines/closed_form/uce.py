@@ -33,9 +33,9 @@ class UCE(Method):
 
     Defaults
         erase_scale 1 and lamb 0.5 are the official code's; preserve_scale 0.1 is that of the code at the time of the paper
-        from ten preserved prompts on (1/n for n fewer; the current one takes 1, which erases less). rows "all" instead of its last subject
-        token: in a causal text encoder every later token, padding included, carries the concept too. The rows of
-        pipelines/closed_form/rows.py say how prompts are paired.
+        from ten preserved prompts on (1/n for n fewer; the current one takes 1, which erases less). rows "all" instead of
+        its last subject token: in a causal text encoder every later token, padding included, carries the concept too.
+        pipelines/closed_form/rows.py says how prompts are paired.
 
     Deviations
         The official code computes the same right-hand matrix and its inverse again for every layer, in float32; here
