@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="METHOD.K=V", help="options of the methods")
     parser.add_argument("--n", type=int, default=64, help="images of an erased concept by name (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=Painter.steps, help="denoising steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs/methods-measured.md"), help="the page (default %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("out/method-report"), help="the cells' folder (default %(default)s)")

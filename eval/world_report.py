@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=16, help="images per object (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=Painter.steps)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("docs/emoji-sd.md"))
     args = parser.parse_args(argv)
     world, model, painter, clip = load_world(), load_model(), Painter(load_oracle(), steps=args.steps), load_metric_clip()
