@@ -108,16 +108,15 @@ def sample(
     batch_size = batch_size or max(1, min(64, 2**20 // (height * width)))
     guidance = model.guidance if guidance is None else guidance
     guided = guidance != 1.0
-    rows, text = _encode_once(model, [negative, *prompts] if guided else prompts, batch_size)
-    if guided:
-        negative_row, rows = rows[:1], rows[1:]
+    rows, text = _encode_once(model, prompts, batch_size)
+    opposite = arch.encode_negative([negative]) if guided else None
     parts = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         count = len(prompts[part])
         texts = {"prompt": text[rows[part]]}
-        if guided:
-            texts["negative"] = text[negative_row.expand(count)]
+        if opposite is not None:
+            texts["negative"] = opposite[torch.zeros(count, dtype=torch.long)]
         scheduler = arch.scheduler(steps)  # multistep schedulers keep a history, so each batch has its own
         state = State(
             model=model,

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from toolkit.errors import UserError
+
 
 @dataclass(frozen=True)
 class Text:
@@ -125,6 +127,10 @@ class Architecture(ABC):
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:
         """Encode prompts, padded to the family's length. grad=True keeps the graph back to embeddings and weights."""
 
+    def encode_negative(self, prompts: Sequence[str]) -> Text:
+        """Prompts as the other side of classifier-free guidance; "" is how the family was trained without a prompt."""
+        return self.encode(prompts)
+
     # --- images and noise ---------------------------------------------------------------------------------------
     image_size: int  # default height and width in pixels
     train_timesteps: int
@@ -184,3 +190,12 @@ class Architecture(ABC):
     def dtype(self) -> torch.dtype:
         """The denoiser's parameter type."""
         return next(self.components()["denoiser"].parameters()).dtype
+
+
+def from_pretrained(pipeline: Any, source: str, dtype: torch.dtype, **options: Any) -> Any:
+    """A diffusers pipeline from a folder or a hub id, from safetensors only. Failing to is a UserError."""
+    try:
+        return pipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load {source!r} ({reason}); give a diffusers folder or hub id with .safetensors weights") from error

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from toolkit.arch.base import Architecture, Text
+from toolkit.arch.base import Architecture, Text, from_pretrained
 from toolkit.errors import UserError
 from toolkit.io.files import replacing_folder
 
@@ -78,25 +78,16 @@ class SD(Architecture):
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
     def load(cls, source: str, *, dtype: torch.dtype) -> Self:
-        try:
-            pipe = StableDiffusionPipeline.from_pretrained(
-                source, dtype=dtype, safety_checker=None, requires_safety_checker=False, use_safetensors=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"cannot load {source!r} ({reason}); give a diffusers folder or hub id with .safetensors weights") from error
-        return cls(pipe)
+        return cls(from_pretrained(StableDiffusionPipeline, source, dtype, safety_checker=None, requires_safety_checker=False))
 
     @classmethod
     def tiny(cls, *, seed: int = 0, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon") -> Self:
-        tokenizer = _tiny_tokenizer()
-        special: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        config = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length, **TINY_TEXT, **special)
+        tokenizer = tiny_tokenizer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             parts: dict[str, Any] = {
                 "vae": AutoencoderKL(**TINY_VAE),
-                "text_encoder": CLIPTextModel(config),
+                "text_encoder": CLIPTextModel(tiny_text_config(tokenizer, **TINY_TEXT)),
                 "tokenizer": tokenizer,
                 "unet": UNet2DConditionModel(**TINY_UNET),
                 "scheduler": DDIMScheduler(**TINY_NOISE, prediction_type=prediction_type),
@@ -106,15 +97,15 @@ class SD(Architecture):
         return cls(StableDiffusionPipeline(**parts, requires_safety_checker=False))
 
     def save(self, folder: Path) -> Path:
-        encoder = self.pipe.text_encoder
         with replacing_folder(folder, marker="model_index.json") as temporary:
             self.pipe.save_pretrained(temporary)
-            weights = temporary / "text_encoder" / "model.safetensors"
-            state = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): value for name, value in load_file(weights).items()}
-            save_file(state, weights, {"format": "pt"})
-            config = copy.deepcopy(encoder.config)
-            config.vocab_size = encoder.get_input_embeddings().num_embeddings  # the words of attached tokens are rows too
-            config.save_pretrained(temporary / "text_encoder")
+            for name, embedding in self.token_embeddings().items():
+                weights = temporary / name / "model.safetensors"
+                state = {_prefixed(key): value for key, value in load_file(weights).items()}
+                save_file(state, weights, {"format": "pt"})
+                config = copy.deepcopy(self.components()[name].config)
+                config.vocab_size = embedding.num_embeddings  # the words of attached tokens are rows too
+                config.save_pretrained(temporary / name)
         return folder
 
     # --- parts --------------------------------------------------------------------------------------------------
@@ -148,7 +139,15 @@ class SD(Architecture):
 
     # --- text ---------------------------------------------------------------------------------------------------
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:
-        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
+        encoder = self.pipe.text_encoder
+        ids, length = self.tokenize(prompts, "text_encoder")
+        with torch.set_grad_enabled(grad):
+            hidden = encoder(ids).last_hidden_state
+        return Text(hidden, ids, length)
+
+    def tokenize(self, prompts: Sequence[str], component: str) -> tuple[Tensor, Tensor]:
+        """Token ids [n, L] for a text encoder, on its device, and the number of tokens up to and including EOT [n]."""
+        tokenizer, encoder = self.tokenizers()[component], self.components()[component]
         longest = encoder.config.max_position_embeddings
         # A token of several vectors is several words. It is found by its exact spelling; the tokenizer lower-cases anyway.
         words = self.pipe.maybe_convert_prompt([prompt.lower() for prompt in prompts], tokenizer)
@@ -156,11 +155,8 @@ class SD(Architecture):
         for prompt, ids in zip(prompts, tokens.input_ids, strict=True):
             if len(ids) > longest:
                 raise UserError(f"prompt {prompt!r} has {len(ids) - 2} tokens, {longest - 2} fit; shorten it")
-        ids = torch.tensor(tokens.input_ids, device=encoder.device)
-        length = torch.tensor(tokens.attention_mask, device=encoder.device).sum(1)
-        with torch.set_grad_enabled(grad):
-            hidden = encoder(ids).last_hidden_state
-        return Text(hidden, ids, length)
+        device = encoder.device
+        return torch.tensor(tokens.input_ids, device=device), torch.tensor(tokens.attention_mask, device=device).sum(1)
 
     # --- images and noise ---------------------------------------------------------------------------------------
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -212,7 +208,12 @@ class SD(Architecture):
         return f"unet.{path}" if component == "denoiser" else f"{component}.{TEXT_PREFIX}{path}"
 
 
-def _tiny_tokenizer() -> CLIPTokenizer:
+def _prefixed(key: str) -> str:
+    """A text encoder's parameter name as it is in checkpoints."""
+    return key if key.startswith((TEXT_PREFIX, "text_projection")) else TEXT_PREFIX + key
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE over a vocabulary of single bytes and a few whole words; BOS and EOT have the highest ids."""
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary = [*alphabet, *(f"{byte}</w>" for byte in alphabet)]
@@ -225,3 +226,9 @@ def _tiny_tokenizer() -> CLIPTokenizer:
     vocabulary += dict.fromkeys(map("".join, merges))
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer({token: i for i, token in enumerate(vocabulary)}, list(dict.fromkeys(merges)), model_max_length=77)
+
+
+def tiny_text_config(tokenizer: CLIPTokenizer, **sizes: Any) -> CLIPTextConfig:
+    """For a text encoder that reads this tokenizer's words."""
+    special: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length, **sizes, **special)

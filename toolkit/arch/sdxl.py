@@ -1,0 +1,109 @@
+"""Stable Diffusion XL: a UNet that reads two CLIP text encoders through cross-attention, and the second one's pooled output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from toolkit.arch.base import Text, from_pretrained
+from toolkit.arch.sd import SD, TEXT_PREFIX, TINY_NOISE, TINY_TEXT, TINY_UNET, TINY_VAE, tiny_text_config, tiny_tokenizer
+
+TINY_TEXT_2: dict[str, Any] = {**TINY_TEXT, "hidden_size": 40, "projection_dim": 24, "hidden_act": "gelu"}
+TINY_SIZES = 8  # width of the encoding of each of the six numbers about an image's size
+
+
+class SDXL(SD):
+    """StableDiffusionXLPipeline. The base model alone; a refiner is another model."""
+
+    name = "sdxl"
+    pipelines = ("StableDiffusionXLPipeline",)
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        if pipe.vae.config.force_upcast and pipe.vae.dtype == torch.float16:
+            pipe.vae.to(torch.float32)  # its activations overflow half precision
+
+    # --- making one ---------------------------------------------------------------------------------------------
+    @classmethod
+    def load(cls, source: str, *, dtype: torch.dtype) -> Self:
+        return cls(from_pretrained(StableDiffusionXLPipeline, source, dtype, add_watermarker=False))
+
+    @classmethod
+    def tiny(cls, *, seed: int = 0, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon") -> Self:
+        tokenizer = tiny_tokenizer()
+        sizes: dict[str, Any] = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": TINY_SIZES,
+            "projection_class_embeddings_input_dim": 6 * TINY_SIZES + TINY_TEXT_2["projection_dim"],
+            "cross_attention_dim": TINY_TEXT["hidden_size"] + TINY_TEXT_2["hidden_size"],
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            parts: dict[str, Any] = {
+                "vae": AutoencoderKL(**TINY_VAE),
+                "text_encoder": CLIPTextModel(tiny_text_config(tokenizer, **TINY_TEXT)),
+                "text_encoder_2": CLIPTextModelWithProjection(tiny_text_config(tokenizer, **TINY_TEXT_2)),
+                "tokenizer": tokenizer,
+                "tokenizer_2": tiny_tokenizer(),
+                "unet": UNet2DConditionModel(**{**TINY_UNET, **sizes}),
+                "scheduler": DDIMScheduler(**TINY_NOISE, prediction_type=prediction_type),
+            }
+        return cls(StableDiffusionXLPipeline(**parts, add_watermarker=False))
+
+    # --- parts --------------------------------------------------------------------------------------------------
+    def components(self) -> dict[str, nn.Module]:
+        return {**super().components(), "text_encoder_2": self.pipe.text_encoder_2}
+
+    def token_embeddings(self) -> dict[str, nn.Embedding]:
+        return {**super().token_embeddings(), "text_encoder_2": self.pipe.text_encoder_2.get_input_embeddings()}
+
+    def set_token_embedding(self, component: str, module: nn.Module) -> None:
+        self.components()[component].set_input_embeddings(module)
+
+    def tokenizers(self) -> dict[str, Any]:
+        return {**super().tokenizers(), "text_encoder_2": self.pipe.tokenizer_2}
+
+    def set_tokenizer(self, component: str, tokenizer: Any) -> None:
+        setattr(self.pipe, component.replace("text_encoder", "tokenizer"), tokenizer)
+
+    # --- text ---------------------------------------------------------------------------------------------------
+    def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:
+        """hidden: both encoders' last hidden states but one, side by side. ids and length: the first tokenizer's."""
+        ids, length = self.tokenize(prompts, "text_encoder")
+        with torch.set_grad_enabled(grad):
+            first = self.pipe.text_encoder(ids, output_hidden_states=True)
+            second = self.pipe.text_encoder_2(self.tokenize(prompts, "text_encoder_2")[0], output_hidden_states=True)
+            hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return Text(hidden, ids, length, second.text_embeds)
+
+    def encode_negative(self, prompts: Sequence[str]) -> Text:
+        text = self.encode(prompts)
+        if self.pipe.config.force_zeros_for_empty_prompt:
+            said = torch.tensor([bool(prompt) for prompt in prompts], device=text.hidden.device)
+            pooled = None if text.pooled is None else text.pooled * said[:, None]
+            return Text(text.hidden * said[:, None, None], text.ids, text.length, pooled)
+        return text
+
+    # --- noise ----------------------------------------------------------------------------------------------------
+    def predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
+        if text.pooled is None:
+            raise ValueError("SDXL reads the pooled text too")
+        height, width = (side * self.downscale for side in latents.shape[-2:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=latents.device, dtype=self.dtype).expand(len(latents), -1)
+        extra = {"text_embeds": text.pooled.to(self.dtype), "time_ids": sizes}
+        hidden = text.hidden.to(self.dtype)
+        output = self.pipe.unet(latents.to(self.dtype), t, encoder_hidden_states=hidden, added_cond_kwargs=extra).sample
+        return output.to(latents.dtype)
+
+    # --- other people's formats ---------------------------------------------------------------------------------
+    def diffusers_lora_key(self, site: str) -> str:
+        component, _, path = site.partition(".")
+        return f"{component}.{path}" if path.startswith(TEXT_PREFIX) else super().diffusers_lora_key(site)
