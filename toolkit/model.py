@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from toolkit import registry
 from toolkit.arch.base import Architecture
-from toolkit.edits.base import Edit
+from toolkit.arch.single_file import recognise
+from toolkit.edits.base import Edit, not_mergeable
 from toolkit.errors import UserError, unknown
 from toolkit.fingerprint import fingerprint, same_base
+from toolkit.io.files import PICKLES
 
 EMBEDDED = Path(__file__).parent / "world" / "assets" / "emoji-sd"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -229,24 +231,27 @@ class Model:
     def _check_mergeable(self) -> None:
         for edit, _ in (part for attached, scale in self._attached for part in attached.parts(scale)):
             if not edit.mergeable:
-                raise UserError(f"a {edit.kind()} edit cannot be written into a checkpoint; detach it first, and attach it when sampling")
+                raise not_mergeable(edit)
 
 
 def load_model(source: str = "emoji-sd", *, device: str = "cpu", dtype: str = "float32", strict: bool = False) -> Model:
-    """A model from "emoji-sd" (the embedded one), a diffusers folder or a hub id. Failing to is a UserError.
+    """A model from "emoji-sd" (the embedded one), a diffusers folder, a .safetensors checkpoint or a hub id. Failing to is a UserError.
 
     dtype: float32, float16 or bfloat16.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     path = str(EMBEDDED) if source == "emoji-sd" else source
-    return Model(_family(path).load(path, dtype=DTYPES[dtype]), source, strict=strict).to(device)
+    return Model(architecture(path).load(path, dtype=DTYPES[dtype]), source, strict=strict).to(device)
 
 
-def _family(source: str) -> type[Architecture]:
-    """The architecture of a diffusers folder or hub id, from the pipeline class that its model_index.json names."""
+def architecture(source: str) -> type[Architecture]:
+    """The architecture of a single file, from what it holds, or of a diffusers folder or hub id, from its model_index.json."""
+    if not Path(source).is_dir() and Path(source).suffix in (".safetensors", *PICKLES):
+        return recognise(source).family
     if not (Path(source, "model_index.json").is_file() or (HUB_ID.fullmatch(source) and not Path(source).exists())):
-        raise UserError(f"no model folder at {source!r}; give emoji-sd, a diffusers folder or a hub id such as owner/name")
+        what = f"no model folder at {source!r}"
+        raise UserError(f"{what}; give emoji-sd, a diffusers folder, a .safetensors file or a hub id such as owner/name")
     try:
         config: Any = DiffusionPipeline.load_config(source)
         name = config["_class_name"]

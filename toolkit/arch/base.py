@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -57,6 +57,8 @@ class Architecture(ABC):
 
     name: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]  # the diffusers pipeline classes of this family, as model_index.json names them
+    single_files: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """What one file of it may be: version (a folder in toolkit/arch/configs) -> component -> what its keys begin with."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -65,7 +67,7 @@ class Architecture(ABC):
     @classmethod
     @abstractmethod
     def load(cls, source: str, *, dtype: torch.dtype) -> Self:
-        """From a diffusers folder or a hub id, in evaluation mode, no gradients, on the CPU."""
+        """From a diffusers folder, a hub id or one file, in evaluation mode, no gradients, on the CPU."""
 
     @classmethod
     @abstractmethod
@@ -177,9 +179,13 @@ class Architecture(ABC):
         """A fresh deterministic diffusers scheduler with its timesteps set; the default sampler of the family."""
 
     # --- other people's formats ---------------------------------------------------------------------------------
+    @classmethod
     @abstractmethod
-    def diffusers_lora_key(self, site: str) -> str:
-        """The key prefix that diffusers' load_lora_weights reads for a site, e.g. "unet.mid_block....to_k"."""
+    def diffusers_lora_key(cls, site: str) -> str:
+        """What diffusers calls a site or parameter: the part's folder, then the key there, e.g. "unet.mid_block....to_k".
+
+        So it is named in LoRA files for load_lora_weights, and in the checkpoints of a diffusers folder.
+        """
 
     @property
     def device(self) -> torch.device:

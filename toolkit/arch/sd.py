@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from toolkit.arch.base import Architecture, Text, from_pretrained
+from toolkit.arch.single_file import from_single_file
 from toolkit.errors import UserError
 from toolkit.io.files import replacing_folder
 
 LORA_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_PREFIX = "text_model."  # part of the names in checkpoints; transformers >= 5.6 leaves it out of its module names
+
+LDM = {"denoiser": "model.diffusion_model.", "vae": "first_stage_model."}  # how keys begin in single files
 
 TINY_TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY_UNET: dict[str, Any] = {
@@ -60,6 +63,10 @@ class SD(Architecture):
 
     name = "sd"
     pipelines = ("StableDiffusionPipeline",)
+    single_files: ClassVar = {
+        "sd1": {**LDM, "text_encoder": "cond_stage_model.transformer."},
+        "sd2": {**LDM, "text_encoder": "cond_stage_model.model."},
+    }
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -78,7 +85,8 @@ class SD(Architecture):
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
     def load(cls, source: str, *, dtype: torch.dtype) -> Self:
-        return cls(from_pretrained(StableDiffusionPipeline, source, dtype, safety_checker=None, requires_safety_checker=False))
+        read = from_single_file if Path(source).is_file() else from_pretrained
+        return cls(read(StableDiffusionPipeline, source, dtype, safety_checker=None, requires_safety_checker=False))
 
     @classmethod
     def tiny(cls, *, seed: int = 0, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon") -> Self:
@@ -203,9 +211,12 @@ class SD(Architecture):
         return scheduler
 
     # --- other people's formats ---------------------------------------------------------------------------------
-    def diffusers_lora_key(self, site: str) -> str:
+    @classmethod
+    def diffusers_lora_key(cls, site: str) -> str:
         component, _, path = site.partition(".")
-        return f"unet.{path}" if component == "denoiser" else f"{component}.{TEXT_PREFIX}{path}"
+        if component.startswith("text_encoder"):
+            return f"{component}.{_prefixed(path)}"
+        return f"unet.{path}" if component == "denoiser" else site
 
 
 def _prefixed(key: str) -> str:

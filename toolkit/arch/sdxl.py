@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from toolkit.arch.base import Text, from_pretrained
-from toolkit.arch.sd import SD, TEXT_PREFIX, TINY_NOISE, TINY_TEXT, TINY_UNET, TINY_VAE, tiny_text_config, tiny_tokenizer
+from toolkit.arch.sd import LDM, SD, TINY_NOISE, TINY_TEXT, TINY_UNET, TINY_VAE, tiny_text_config, tiny_tokenizer
+from toolkit.arch.single_file import from_single_file
 
 TINY_TEXT_2: dict[str, Any] = {**TINY_TEXT, "hidden_size": 40, "projection_dim": 24, "hidden_act": "gelu"}
 TINY_SIZES = 8  # width of the encoding of each of the six numbers about an image's size
@@ -25,6 +27,9 @@ class SDXL(SD):
 
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
+    single_files: ClassVar = {
+        "sdxl": {**LDM, "text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."},
+    }
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -34,7 +39,8 @@ class SDXL(SD):
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
     def load(cls, source: str, *, dtype: torch.dtype) -> Self:
-        return cls(from_pretrained(StableDiffusionXLPipeline, source, dtype, add_watermarker=False))
+        read = from_single_file if Path(source).is_file() else from_pretrained
+        return cls(read(StableDiffusionXLPipeline, source, dtype, add_watermarker=False))
 
     @classmethod
     def tiny(cls, *, seed: int = 0, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon") -> Self:
@@ -102,8 +108,3 @@ class SDXL(SD):
         hidden = text.hidden.to(self.dtype)
         output = self.pipe.unet(latents.to(self.dtype), t, encoder_hidden_states=hidden, added_cond_kwargs=extra).sample
         return output.to(latents.dtype)
-
-    # --- other people's formats ---------------------------------------------------------------------------------
-    def diffusers_lora_key(self, site: str) -> str:
-        component, _, path = site.partition(".")
-        return f"{component}.{path}" if path.startswith(TEXT_PREFIX) else super().diffusers_lora_key(site)

@@ -30,6 +30,11 @@ def frozen(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+def not_mergeable(edit: Edit) -> UserError:
+    """The error for an edit that cannot become weights of a checkpoint."""
+    return UserError(f"a {edit.kind()} edit cannot be written into a checkpoint; detach it first, and attach it when sampling")
+
+
 @dataclass(frozen=True)
 class EditInfo:
     """Where an edit comes from. Saved as JSON in the file's header.

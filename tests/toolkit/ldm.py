@@ -1,0 +1,108 @@
+"""Single-file checkpoints for tests: tiny ones of random models, and sparse ones of the real shapes."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from toolkit.arch.base import Architecture
+from toolkit.arch.ldm import Layout
+from toolkit.arch.sd import SD
+from toolkit.arch.sdxl import SDXL
+from toolkit.arch.single_file import CONFIGS
+
+FAMILIES: dict[str, type[SD]] = {"sd1": SD, "sd2": SD, "sdxl": SDXL}
+
+
+def stored(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The tensors of a single file that holds these parameters."""
+    tensors: dict[str, Tensor] = {}
+    for name, slot in layout.slots(state).items():
+        value = state[name]
+        if slot.key not in tensors:
+            shape = tuple(value.shape)
+            if "in_proj" in slot.key:
+                shape = (3 * shape[0], *shape[1:])
+            elif slot.key.endswith("text_projection"):
+                shape = shape[::-1]
+            elif ".mid.attn_1." in slot.key and len(shape) == 2:
+                shape = (*shape, 1, 1)
+            tensors[slot.key] = value.new_empty(shape)
+        slot.view(tensors[slot.key]).copy_(value)
+    return tensors
+
+
+def parameters(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": value.detach() for part, module in parts.items() for name, value in module.named_parameters()}
+
+
+def write_configs(arch: Architecture, folder: Path) -> Path:
+    """A folder like those in toolkit/arch/configs, of this model."""
+    arch.pipe.save_config(folder)
+    for name, part in arch.pipe.components.items():
+        if hasattr(part, "config") and hasattr(part.config, "save_pretrained"):
+            part.config.save_pretrained(folder / name)
+        elif hasattr(part, "save_config"):
+            part.save_config(folder / name)
+    return folder
+
+
+def write_single_file(
+    arch: Architecture, version: str, configs: Path, path: Path, *, dtype: torch.dtype = torch.float32, **metadata: str
+) -> Path:
+    """A checkpoint in one file of this model, with the things that real ones hold besides."""
+    layout = Layout(arch.single_files[version], configs)
+    tensors = {key: value.to(dtype) for key, value in stored(parameters(arch.components()), layout).items()}
+    prefix = layout.prefixes["text_encoder"]
+    extra = {"alphas_cumprod": torch.linspace(0.9, 0.1, 5), f"{prefix}logit_scale": torch.tensor(4.6)}
+    if not prefix.endswith(".model."):
+        extra[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors | extra, path, {"format": "pt", **metadata})
+    return path
+
+
+@functools.cache
+def real_parts(version: str) -> tuple[dict[str, nn.Module], Layout]:
+    """The parts of a real model without memory for their parameters, and where a single file keeps them."""
+    layout = Layout(FAMILIES[version].single_files[version], CONFIGS / version)
+    with init_empty_weights():
+        parts: dict[str, nn.Module] = {
+            "denoiser": UNet2DConditionModel.from_config(layout.config("unet")),
+            "vae": AutoencoderKL.from_config(layout.config("vae")),
+        }
+        for name in (name for name in layout.prefixes if name.startswith("text_encoder")):
+            kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+            parts[name] = kind(CLIPTextConfig.from_pretrained(layout.configs / name))
+    return parts, layout
+
+
+def write_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path, **metadata: str) -> Path:
+    """A file of float16 zeros of these shapes that takes no place on the disk."""
+    end = 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    for key, shape in shapes.items():
+        begin, end = end, end + 2 * int(torch.Size(shape).numel())
+        header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+@functools.cache
+def real_shapes(version: str) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a real checkpoint in one file."""
+    parts, layout = real_parts(version)
+    return {key: tuple(value.shape) for key, value in stored(parameters(parts), layout).items()}
