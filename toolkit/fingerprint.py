@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from toolkit.arch.base import Architecture
 
 SAMPLES = 256  # values looked at in each parameter
 
 
-def fingerprint(arch: Architecture) -> dict[str, str]:
+def fingerprint(arch: Architecture, read: Callable[[str], Tensor] | None = None) -> dict[str, str]:
     """What identifies the weights that edits may change (all but the image decoder's).
 
     architecture; shapes: a hash of all parameter names and shapes; dtype of the denoiser; weights: a hash of a strided
     sample of each parameter; signs: one of the sample's signs alone, which survive rounding to another dtype.
+
+    read: gives a parameter's values by its name, where `arch` has none.
     """
     shapes, weights, signs = (hashlib.blake2b(digest_size=16) for _ in range(3))
+    dtypes: dict[str, torch.dtype] = {}
     for component, module in sorted(arch.components().items()):
         if component == "vae":
             continue
         for name, parameter in module.named_parameters():
             shapes.update(f"{component}.{name} {tuple(parameter.shape)}\n".encode())
-            values = parameter.detach().flatten()
+            values = (read(f"{component}.{name}") if read else parameter.detach()).flatten()
+            dtypes.setdefault(component, values.dtype)
             sample = values[:: max(1, len(values) // SAMPLES)].cpu().contiguous()
             weights.update(sample.view(torch.uint8).numpy().tobytes())
             signs.update(np.packbits(torch.signbit(sample).numpy()).tobytes())
     return {
         "architecture": arch.name,
         "shapes": shapes.hexdigest(),
-        "dtype": str(arch.dtype).removeprefix("torch."),
+        "dtype": str(dtypes["denoiser"]).removeprefix("torch."),
         "weights": weights.hexdigest(),
         "signs": signs.hexdigest(),
     }

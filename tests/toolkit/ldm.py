@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
@@ -76,7 +75,7 @@ def write_single_file(
 def real_parts(version: str) -> tuple[dict[str, nn.Module], Layout]:
     """The parts of a real model without memory for their parameters, and where a single file keeps them."""
     layout = Layout(FAMILIES[version].single_files[version], CONFIGS / version)
-    with init_empty_weights():
+    with torch.device("meta"):
         parts: dict[str, nn.Module] = {
             "denoiser": UNet2DConditionModel.from_config(layout.config("unet")),
             "vae": AutoencoderKL.from_config(layout.config("vae")),

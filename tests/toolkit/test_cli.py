@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.toolkit.ldm import FAMILIES, parameters, write_configs, write_single_file
 from toolkit import registry
-from toolkit.arch.sd import SD
+from toolkit.arch.sd import SD, tiny_tokenizer
 from toolkit.cli import main, render
 from toolkit.commands.customize import subjects
 from toolkit.edits.token import TokenEdit
@@ -176,6 +177,39 @@ def test_export_writes_what_erase_exports(folder: str, edits: list[str], tmp_pat
         torch.testing.assert_close(load_file(half)[key], delta / 2)
     assert "unknown export format 'deltas'; did you mean delta?" in fails(capsys, *exporting, "deltas", "--out", tmp_path)
     assert "cannot be written as embedding" in fails(capsys, *exporting, "embedding", "--out", tmp_path)
+
+
+def test_checkpoints_keep_their_form(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """A folder becomes a folder and a file a file, copied with the edit merged in; no model is loaded to export an edit."""
+    configs, file = tmp_path / "configs", tmp_path / "model.safetensors"
+    for version, family in FAMILIES.items():
+        write_configs(family.tiny(), configs / version)
+    monkeypatch.setattr("toolkit.arch.single_file.CONFIGS", configs)
+    monkeypatch.setattr("toolkit.arch.single_file.clip_tokenizer", lambda padding: tiny_tokenizer())
+    write_single_file(SD.tiny(), "sd1", configs / "sd1", file)
+    for source, name in ((folder, "checkpoint"), (str(file), "checkpoint.safetensors")):
+        erase = ("erase", "--model", source, "--method", "uce", "--concept", "cat", "--export", "checkpoint", "--out", tmp_path / "out")
+        (at_once,) = call(capsys, *erase)["export"]
+        assert at_once == str(tmp_path / "out" / name)
+        exporting = ("export", tmp_path / "out", "--model", source, "--format", "checkpoint", "--strict", "--out")
+        with monkeypatch.context() as patched:
+            patched.setattr("toolkit.commands.open_model", None)
+            (later,) = call(capsys, *exporting, tmp_path / f"later-{name}")["files"]
+        model = load_model(source)
+        model.attach(load_edit(tmp_path / "out"))
+        edited, once, again = (parameters(m.arch.components()) for m in (model, load_model(at_once), load_model(later)))
+        assert all(torch.equal(once[key], edited[key]) and torch.equal(again[key], edited[key]) for key in edited)
+        then = ("erase", "--model", source, "--method", "uce", "--concept", "dog", "--edit", tmp_path / "out", "--export", "checkpoint")
+        (both,) = call(capsys, *then, "--out", tmp_path / f"then-{name}")["export"]
+        model.attach(load_edit(tmp_path / f"then-{name}"))
+        whole = parameters(model.arch.components())
+        assert all(torch.equal(value, whole[key]) for key, value in parameters(load_model(both).arch.components()).items())
+    (loaded,) = call(capsys, *exporting, tmp_path / "as-folder")["files"]
+    assert (Path(loaded) / "model_index.json").is_file()
+    (half,) = call(capsys, *exporting, tmp_path / "half", "--dtype", "float16")["files"]
+    assert load_file(Path(half) / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.bias"].dtype == torch.float16
+    from_folder = ("export", tmp_path / "out", "--model", folder, "--format", "checkpoint", "--out", tmp_path / "x.safetensors")
+    assert "is a folder, and" in fails(capsys, *from_folder)
 
 
 def test_mistakes_get_one_line(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

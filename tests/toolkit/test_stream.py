@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.toolkit.ldm import FAMILIES, stored, write_configs, write_single_file
 from toolkit.arch import single_file
 from toolkit.arch.ldm import Layout
 from toolkit.arch.sd import tiny_tokenizer
-from toolkit.edits.base import Edit
+from toolkit.edits.base import Edit, EditInfo
 from toolkit.edits.chain import Chain
 from toolkit.edits.delta import Delta
 from toolkit.edits.low_rank import LowRank
@@ -228,6 +229,33 @@ def test_what_does_not_fit_is_told_before_anything_is_written(write: Writer, tmp
     with pytest.raises(UserError, match="is stored as F8_E4M3, need F64, F32, F16, BF16"):
         write_checkpoint(path, edit_of(model), file)
     assert not file.exists() and not out.exists()
+
+
+@pytest.mark.parametrize("version", FAMILIES)
+def test_an_edit_of_another_base_is_told(write: Writer, tmp_path: Path, version: str) -> None:
+    model, path = write(version, "float16")
+    model.to(dtype=torch.float32)
+    linears = model.arch.text_linears()
+    folder, out = model.save(tmp_path / "model"), tmp_path / "out.safetensors"
+
+    def fitted_on(base: Model) -> LowRank:
+        factors = {site: (torch.ones(linear.out_features, 1), torch.ones(1, linear.in_features)) for site, linear in linears.items()}
+        return LowRank.from_factors(factors, EditInfo("uce", base=base.fingerprint))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for base in (load_model(str(path)), load_model(str(path), dtype="float16")):
+            write_checkpoint(path, fitted_on(base), out, strict=True)
+            write_checkpoint(folder, fitted_on(base), tmp_path / "out", strict=True)
+    out.unlink()
+    other = Chain.of([fitted_on(Model(FAMILIES[version].tiny()))])
+    for source, target in ((path, out), (folder, tmp_path / "out")):
+        with pytest.raises(UserError, match="uce edit was fitted on another base than"):
+            write_checkpoint(source, other, target, strict=True)
+        assert not out.exists()
+        with pytest.warns(UserWarning, match="uce edit was fitted on another base than"):
+            write_checkpoint(source, other, target)
+        out.unlink(missing_ok=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak when asked to")

@@ -8,14 +8,19 @@ Names. A *component* is one of "denoiser", "text_encoder", "text_encoder_2", "va
 from __future__ import annotations
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from toolkit.errors import UserError
 
@@ -73,6 +78,26 @@ class Architecture(ABC):
     @abstractmethod
     def tiny(cls, *, seed: int = 0, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon") -> Self:
         """A random instance of the real classes, small enough for a test (well under a second to build)."""
+
+    @classmethod
+    def hollow(cls, configs: Path) -> Self:
+        """An instance that knows the names and shapes of its components' parameters, and nothing else.
+
+        configs: a diffusers folder; its weights are not read.
+        """
+        index: dict[str, Any] = json.loads((configs / "model_index.json").read_text(encoding="utf-8"))
+        arch, parts = cls.__new__(cls), {}
+        for name, kind in index.items():
+            if not isinstance(kind, list) or kind[0] not in ("diffusers", "transformers"):
+                continue
+            made: Any = getattr(import_module(kind[0]), kind[1])
+            with torch.device("meta"):
+                if issubclass(made, PreTrainedModel):
+                    parts[name] = made(made.config_class.from_pretrained(configs / name))
+                elif issubclass(made, ModelMixin):
+                    parts[name] = made.from_config(made.load_config(configs / name))
+        arch.pipe = SimpleNamespace(**parts)
+        return arch
 
     @abstractmethod
     def save(self, folder: Path) -> Path:

@@ -55,7 +55,7 @@ def recognise(path: str | Path) -> SingleFile:
         if any(part in key for key in shapes):
             raise UserError(f"{str(path)!r} is {what}, which cannot be loaded from one file; {REMEDY}")
     reads = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
-    for family in (registry.load("arch", name) for name in registry.names("arch")):
+    for family in (entry.load() for entry in registry.entries("arch").values()):
         for version, prefixes in family.single_files.items():
             layout = Layout(prefixes, CONFIGS / version)
             unet = layout.config("unet")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from toolkit.method import Method
     from toolkit.model import Model
 
-MODEL_HELP = "diffusers folder, hub id, or emoji-sd (default)"
+MODEL_HELP = "diffusers folder, .safetensors checkpoint, hub id, or emoji-sd (default)"
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
@@ -119,7 +119,7 @@ def check_format(name: str) -> None:
 def fit_and_save(args: Namespace, method: Method, task: Task, out: Path) -> dict[str, Any]:
     """Fit the method to the model and write edit.safetensors, config.json and result.json into `out`.
 
-    With `--export FORMAT`, also the folder FORMAT in it.
+    With `--export FORMAT`, also the folder FORMAT in it; checkpoint.safetensors for a model in one file.
     """
     from toolkit.runs import timed
 
@@ -136,8 +136,34 @@ def fit_and_save(args: Namespace, method: Method, task: Task, out: Path) -> dict
     if args.export:
         from toolkit.io.export import export
 
-        result["export"] = [str(file) for file in export(edit, args.export, out / args.export, model)]
+        files = _stream_whole(args, model, edit, out) if args.export == "checkpoint" else None
+        result["export"] = [str(file) for file in files or export(edit, args.export, out / args.export, model)]
     return result
+
+
+def _stream_whole(args: Namespace, model: Model, edit: Edit, out: Path) -> list[Path] | None:
+    """The checkpoint with the attached edits and then this one merged in, in `out`."""
+    from toolkit.edits.chain import Chain
+    from toolkit.io.stream import streamable
+
+    edits, scales = zip(*model.edits, (edit, 1.0), strict=True)
+    whole = Chain.of(edits, scales)
+    is_file = Path(args.model).is_file() and streamable(whole)
+    return streamed(args, whole, out / ("checkpoint.safetensors" if is_file else "checkpoint"))
+
+
+def streamed(args: Namespace, edit: Edit, path: Path) -> list[Path] | None:
+    """The checkpoint of `--model` with the edit merged in, copied to `path`; None when that takes a loaded model.
+
+    It does when the model is on a hub, when a file shall become a folder, and when new words go into a folder's tokenizer.
+    """
+    from toolkit.io.stream import streamable, write_checkpoint
+    from toolkit.model import EMBEDDED
+
+    source = EMBEDDED if args.model == "emoji-sd" else Path(args.model)
+    if not source.exists() or not (path.suffix == ".safetensors" or (source.is_dir() and streamable(edit))):
+        return None
+    return [write_checkpoint(source, edit, path, strict=args.strict)]
 
 
 def save_result(out: Path, edit: Edit, config: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:

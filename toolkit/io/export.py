@@ -102,6 +102,9 @@ def _delta(edit: Edit, path: Path, model: Model) -> list[Path]:
 
 
 def _checkpoint(edit: Edit, path: Path, model: Model) -> list[Path]:
+    if path.suffix == ".safetensors":
+        what = f"{str(path)!r} is one file, which is made from a --model in one file alone, in the types that it has"
+        raise UserError(f"{what}; give a folder, or such a --model and no --dtype")
     with model.attached(edit):
         return [model.save(path)]
 

@@ -1,0 +1,121 @@
+"""How long streaming an edit into a checkpoint takes, next to copying that checkpoint, and how much memory it needs.
+
+    python -m benchmarks.streaming FOLDER [--fraction 0.05] [--rank 20] [--repeats 5] [--check-base]
+
+Makes a random float16 checkpoint of the shapes of Stable Diffusion XL in one file (6.9 GB, or a fraction of it), and a random
+low-rank edit of all its layers that read text. Then, in turns: `cp` and `sync` of the file, and `write_checkpoint`. Prints the
+median times, their ratio within each turn, and the peak of resident memory over what the process had before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.toolkit.ldm import real_parts, real_shapes
+from toolkit.edits.base import EditInfo
+from toolkit.edits.low_rank import LowRank
+from toolkit.io.stream import write_checkpoint
+
+READS_TEXT = ("attn2.to_k.weight", "attn2.to_v.weight")
+CHUNK = np.random.default_rng(0).standard_normal(2**23, dtype=np.float32).astype(np.float16).tobytes()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write: the file, its copy and the edited one")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the file's size and of the edit (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--check-base", action="store_true", help="with the look at what the edit was fitted on, which needs the whole file"
+    )
+    args = parser.parse_args()
+    if args.check_base and args.fraction < 1:
+        parser.error("--check-base looks at every tensor; leave --fraction out")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    source, copied, edited = (args.folder / f"{name}.safetensors" for name in ("model", "copied", "edited"))
+    edit = random_edit(write_model(source, args.fraction), args.rank, args.check_base)
+    size, touched = source.stat().st_size, len(edit.parameter_names())
+    print(f"file of {size / 1e9:.2f} GB, rank {args.rank} edit of {touched} layers")
+
+    rows = []
+    for _ in range(args.repeats):
+        copy = timed(lambda: subprocess.run(["sh", "-c", 'cp "$0" "$1" && sync "$1"', source, copied], check=True), copied)
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        stream = timed(lambda: write_checkpoint(source, edit, edited), edited)
+        rows.append((copy, stream, stream / copy, memory("VmHWM") - before))
+        print(f"cp + sync {copy:.2f} s, streaming {stream:.2f} s, {rows[-1][-1] / 1024:.0f} MB over {before / 1024:.0f} MB")
+    copy, stream, ratio, peak = (statistics.median(column) for column in zip(*rows, strict=True))
+    print(f"median: cp + sync {copy:.2f} s, streaming {stream:.2f} s, {ratio:.2f} times, {peak / 1024:.0f} MB")
+    source.unlink()
+
+
+def write_model(path: Path, fraction: float) -> set[str]:
+    """Write the random checkpoint. Returns the parameter names of the layers that read text which it holds."""
+    shapes = real_shapes("sdxl")
+    parts, layout = real_parts("sdxl")
+    names = [f"denoiser.{name}" for name, _ in parts["denoiser"].named_parameters() if name.endswith(READS_TEXT)]
+    slots = layout.slots(names[: round(fraction * len(names))])
+    chosen = {slot.key for slot in slots.values()}
+    room = fraction * sum(map(numel, shapes.values())) - sum(numel(shapes[key]) for key in chosen)
+    needed = [next(key for key in shapes if key.startswith(prefix)) for prefix in layout.prefixes.values()]
+    for key in dict.fromkeys((*needed, *(key for key in shapes if not key.endswith(READS_TEXT)))):
+        if key in needed or numel(shapes[key]) <= room:
+            chosen.add(key)
+            room -= numel(shapes[key])
+    end, header = 0, {}
+    for key in (key for key in shapes if key in chosen):
+        begin, end = end, end + 2 * numel(shapes[key])
+        header[key] = {"dtype": "F16", "shape": shapes[key], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for begin in range(0, end, len(CHUNK)):
+            file.write(CHUNK[: end - begin])
+    return set(slots)
+
+
+def random_edit(names: set[str], rank: int, based: bool) -> LowRank:
+    """A low-rank edit of these layers of Stable Diffusion XL."""
+    shapes = {f"denoiser.{name}": value.shape for name, value in real_parts("sdxl")[0]["denoiser"].named_parameters()}
+    down = torch.randn(rank, 2048) / 45
+    factors = {name.removesuffix(".weight"): (torch.randn(shapes[name][0], rank) / 45, down) for name in sorted(names)}
+    warnings.simplefilter("ignore")  # it was fitted on nothing
+    return LowRank.from_factors(factors, EditInfo(base={"architecture": "sdxl"} if based else {}))
+
+
+def timed(work: Callable[[], object], made: Path) -> float:
+    """Seconds that the work takes, with nothing left to write before it; what it made is removed."""
+    os.sync()
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    made.unlink()
+    return seconds
+
+
+def memory(what: str) -> int:
+    """A line of /proc/self/status, in kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(what)))
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape))
+
+
+if __name__ == "__main__":
+    main()
