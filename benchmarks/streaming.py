@@ -49,10 +49,9 @@ def main() -> None:
     size, touched = source.stat().st_size, len(edit.parameter_names())
     print(f"file of {size / 1e9:.2f} GB, rank {args.rank} edit of {touched} layers")
 
-    rows = []
+    rows, before = [], memory("VmRSS")
     for _ in range(args.repeats):
         copy = timed(lambda: subprocess.run(["sh", "-c", 'cp "$0" "$1" && sync "$1"', source, copied], check=True), copied)
-        before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         stream = timed(lambda: write_checkpoint(source, edit, edited), edited)
         rows.append((copy, stream, stream / copy, memory("VmHWM") - before))

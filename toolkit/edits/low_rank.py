@@ -159,7 +159,7 @@ class LowRank(Edit):
         return svd_factors(self.dense[site])
 
     def weight(self, name: str, current: Tensor, scale: float) -> Tensor:
-        return current + scale * self._delta(name, current.device)
+        return torch.add(current, self._delta(name, current.device), alpha=scale)
 
     def _delta(self, name: str, device: torch.device) -> Tensor:
         """The dense change, multiplied out on `device`."""
