@@ -76,7 +76,7 @@ def real_parts(version: str) -> tuple[dict[str, nn.Module], Layout]:
     """The parts of a real model without memory for their parameters, and where a single file keeps them."""
     layout = Layout(FAMILIES[version].single_files[version], CONFIGS / version)
     with torch.device("meta"):
-        parts: dict[str, nn.Module] = {
+        parts: dict[str, Any] = {
             "denoiser": UNet2DConditionModel.from_config(layout.config("unet")),
             "vae": AutoencoderKL.from_config(layout.config("vae")),
         }

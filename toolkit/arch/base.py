@@ -91,10 +91,11 @@ class Architecture(ABC):
             if not isinstance(kind, list) or kind[0] not in ("diffusers", "transformers"):
                 continue
             made: Any = getattr(import_module(kind[0]), kind[1])
+            by_transformers, by_diffusers = issubclass(made, PreTrainedModel), issubclass(made, ModelMixin)
             with torch.device("meta"):
-                if issubclass(made, PreTrainedModel):
+                if by_transformers:
                     parts[name] = made(made.config_class.from_pretrained(configs / name))
-                elif issubclass(made, ModelMixin):
+                elif by_diffusers:
                     parts[name] = made.from_config(made.load_config(configs / name))
         arch.pipe = SimpleNamespace(**parts)
         return arch
