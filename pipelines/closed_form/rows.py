@@ -7,10 +7,12 @@ last_subject  the concept's last token -> the anchor's last token: one row per p
 tail_aligned  from the concept's last token to the end of the prompt, padding included -> the same from the anchor's
               last token, cut to equal length (UCE's code at the time of the paper, which RECE builds on).
 all           every row but BOS. Rows before the concept stay where they are: a causal text encoder computes them
-              without having seen it. The concept's rows move to the anchor's one by one when the two have as many
-              tokens, else all to the anchor's last. Rows after it are aligned from the first row after the anchor's.
+              without having seen it (under one that is not, they move to the anchor's at the same positions). The
+              concept's rows move to the anchor's one by one when the two have as many tokens, else all to the anchor's
+              last. Rows after it are aligned from the first row after the anchor's.
 
-BOS is never moved: it is the same row in every prompt, so moving it would move every prompt.
+BOS is never moved: it is the same row in every prompt, so moving it would move every prompt. What has one row for the whole
+prompt, a pooled encoding, moves as a whole. A model whose layers read several encodings has rows of each.
 
 A concept without an anchor moves to nothing: the empty prompt, or the template with the concept left out. Nothing has
 no tokens; the row before its place (BOS in the empty prompt) is then its "last token", as in the official code, except
@@ -19,14 +21,14 @@ under `all`, where the concept's rows move to the row that has taken their place
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from toolkit.arch.base import Text
+from toolkit.arch.base import Segment, Text
 from toolkit.concepts import EraseTask, Task
 from toolkit.errors import UserError
 
@@ -45,19 +47,22 @@ class Placed:
     """An encoded prompt and where its subject is.
 
     hidden: [L, d]. The subject's tokens are rows start to end - 1; start == end when the prompt has no subject.
+    leading and causal: see `Segment`.
     """
 
     hidden: Tensor
     start: int
     end: int
+    leading: int = 1
+    causal: bool = True
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """A task's prompts, encoded.
+    """A task's prompts, encoded, as one stream of a model reads them.
 
-    pairs: (concept prompt, anchor prompt) for every template and every word of every concept.
-    kept: per preserved prompt its hidden state [L, d] and its length up to and including EOT. empty: [L, d].
+    pairs: (concept prompt, anchor prompt) for every template and every word of every concept, and every segment.
+    kept: per preserved prompt its rows [L, d] and its length up to and including EOT. empty: the empty prompt's rows.
     """
 
     pairs: tuple[tuple[Placed, Placed], ...]
@@ -74,8 +79,11 @@ class TaskRows:
         return torch.cat([self.empty, *(hidden if choice == "all" else hidden[:length] for hidden, length in self.kept)])
 
 
-def encode_task(arch: Architecture, task: Task, nothing: Nothing) -> TaskRows:
-    """Encode every prompt of an erase task once. nothing: where concepts without an anchor go."""
+def encode_task(arch: Architecture, task: Task, nothing: Nothing) -> dict[str, TaskRows]:
+    """Encode every prompt of an erase task once. Returns stream -> its rows, see `Architecture.text_streams`.
+
+    nothing: where concepts without an anchor go.
+    """
     if not isinstance(task, EraseTask):
         raise UserError(f"given a {type(task).__name__}, needs an EraseTask; closed-form edits erase concepts")
     _check(task)
@@ -85,12 +93,17 @@ def encode_task(arch: Architecture, task: Task, nothing: Nothing) -> TaskRows:
     prompts = ["", *kept]
     for template, word, anchor_template, anchor in jobs:
         prompts += [_fill(template, word), _fill(anchor_template, anchor), *_around(template), *_around(anchor_template)]
-    encoded = _encode(arch, prompts)
-    return TaskRows(
-        tuple((_place(encoded, *job[:2]), _place(encoded, *job[2:])) for job in jobs),
-        tuple((encoded[prompt].hidden[0], int(encoded[prompt].length)) for prompt in kept),
-        encoded[""].hidden[0],
-    )
+    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    text = _encode(arch, list(index))
+    streams = {}
+    for name, stream in arch.text_streams().items():
+        encodings = [_Encoding(segment, index) for segment in stream.segments(text)]
+        streams[name] = TaskRows(
+            tuple((each.place(*job[:2]), each.place(*job[2:])) for each in encodings for job in jobs),
+            tuple(each.up_to_eot(prompt) for each in encodings for prompt in kept),
+            torch.cat([each.up_to_eot("")[0] for each in encodings]),
+        )
+    return streams
 
 
 def _check(task: EraseTask) -> None:
@@ -127,41 +140,54 @@ def _around(template: str) -> tuple[str, str]:
     return before.strip(), after.strip()
 
 
-def _encode(arch: Architecture, prompts: Sequence[str]) -> dict[str, Text]:
-    """Prompt -> its encoding (a batch of one), each distinct prompt encoded once."""
-    device = "cpu" if arch.device.type == "mps" else arch.device  # Metal has no float64
-    unique = list(dict.fromkeys(prompts))
-    texts = [arch.encode(unique[first : first + _BATCH]) for first in range(0, len(unique), _BATCH)]
-    text = Text.cat([Text(text.hidden.to(device), text.ids.cpu(), text.length.cpu()) for text in texts])
-    return {prompt: text[i : i + 1] for i, prompt in enumerate(unique)}
+def _encode(arch: Architecture, prompts: Sequence[str]) -> Text:
+    """The prompts, encoded in batches."""
+    text = Text.cat([arch.encode(prompts[first : first + _BATCH]) for first in range(0, len(prompts), _BATCH)])
+    return text.to("cpu") if arch.device.type == "mps" else text  # Metal has no float64
 
 
-def _place(encoded: dict[str, Text], template: str, word: str) -> Placed:
-    """Find the subject's rows: those that what stands before and after it in the template leaves over."""
-    text = encoded[_fill(template, word)]
-    before, after = (encoded[part] for part in _around(template))
-    start, eot = int(before.length) - 1, int(text.length) - 1
-    end = eot - (int(after.length) - 2)
-    same = torch.equal(text.ids[0, :start], before.ids[0, :start]) and torch.equal(text.ids[0, end:eot], after.ids[0, 1 : eot - end + 1])
-    if not same or (word.strip() and end <= start):
-        raise UserError(f"template {template!r} joins {word!r} to the words beside it; put spaces around the {{}}")
-    return Placed(text.hidden[0], start, end)
+@dataclass(frozen=True)
+class _Encoding:
+    """One segment of all prompts. index: prompt -> its place in the batch."""
+
+    segment: Segment
+    index: Mapping[str, int]
+
+    def up_to_eot(self, prompt: str) -> tuple[Tensor, int]:
+        """A prompt's rows [L, d] and its length."""
+        i = self.index[prompt]
+        return self.segment.rows[i], int(self.segment.length[i])
+
+    def place(self, template: str, word: str) -> Placed:
+        """Find the subject's rows: those that what stands before and after it in the template leaves over."""
+        leading, causal = self.segment.leading, self.segment.causal
+        rows, length = self.up_to_eot(_fill(template, word))
+        if self.segment.ids is None:
+            return Placed(rows, 0, len(rows), leading, causal)
+        before, after = (self.up_to_eot(part)[1] for part in _around(template))
+        start, eot = before - 1, length - 1
+        end = eot - (after - 1 - leading)
+        ids, ids_before, ids_after = (self.segment.ids[self.index[part]] for part in (_fill(template, word), *_around(template)))
+        same = torch.equal(ids[:start], ids_before[:start]) and torch.equal(ids[end:eot], ids_after[leading : leading + eot - end])
+        if not same or (word.strip() and end <= start):
+            raise UserError(f"template {template!r} joins {word!r} to the words beside it; put spaces around the {{}}")
+        return Placed(rows, start, end, leading, causal)
 
 
 def _pair(concept: Placed, anchor: Placed, choice: RowChoice) -> tuple[Tensor, Tensor]:
     """One prompt's rows to move and where they go, both [n, d]."""
-    last, towards = concept.end - 1, anchor.end - 1
+    last, towards = concept.end - 1, max(anchor.end - 1, 0)
     if choice == "last_subject":
         return concept.hidden[last : last + 1], anchor.hidden[towards : towards + 1]
     length = len(concept.hidden)
     if choice == "tail_aligned":
         n = length - max(last, towards)
         return concept.hidden[last : last + n], anchor.hidden[towards : towards + n]
-    before = concept.hidden[1 : concept.start]
+    before = (concept if concept.causal else anchor).hidden[concept.leading : concept.start]
     if concept.end - concept.start == anchor.end - anchor.start:
         subject = torch.arange(anchor.start, anchor.end)
     else:
         subject = torch.full((concept.end - concept.start,), max(towards, anchor.start))
     # The last padding rows repeat when the anchor is the longer one, so that no row is left without a target.
     after = torch.arange(anchor.end, anchor.end + length - concept.end).clamp(max=length - 1)
-    return concept.hidden[1:], torch.cat([before, anchor.hidden[torch.cat([subject, after])]])
+    return concept.hidden[concept.leading :], torch.cat([before, anchor.hidden[torch.cat([subject, after])]])

@@ -22,8 +22,9 @@ class UCE(Method):
 
     Equation
         min_W  a sum_i ||W c_i - W0 g_i||^2 + p sum_j ||W k_j - W0 k_j||^2 + lamb ||W - W0||_F^2
-        for every key and value projection W of the cross-attention, where c_i are token rows of prompts with an erased
-        concept, g_i those of its anchor and k_j rows to keep. It is solved by W = W0 (I + D) with one D for all layers:
+        for every layer W that reads the text (on a UNet the key and value projections of the cross-attention), where c_i
+        are token rows of prompts with an erased concept, g_i those of its anchor and k_j rows to keep. It is solved by
+        W = W0 (I + D) with one D for all layers:
         D = [a sum_i (g_i - c_i) c_i^T] (lamb I + a sum_i c_i c_i^T + p sum_j k_j k_j^T)^{-1}.
         All concepts, their synonyms (more rows towards the same anchor) and all templates go into the one solve.
 
@@ -53,23 +54,23 @@ class UCE(Method):
     lamb: float = option(0.5, "weight of staying close to the given weights")
 
     kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd",)
+    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2308.14761"
     training_free: ClassVar = True
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once. There is nothing to choose among, so `score` is not called."""
-        text = encode_task(model.arch, task, self.nothing)
-        source, target = text.moved(self.rows)
-        change = closed_form(
-            source,
-            target,
-            text.keep(self.preserve_rows),
-            erase_scale=self.erase_scale,
-            preserve_scale=self.preserve_scale,
-            lamb=self.lamb,
-        )
-        return as_edit(model, self, change)
+        changes = {
+            stream: closed_form(
+                *text.moved(self.rows),
+                text.keep(self.preserve_rows),
+                erase_scale=self.erase_scale,
+                preserve_scale=self.preserve_scale,
+                lamb=self.lamb,
+            )
+            for stream, text in encode_task(model.arch, task, self.nothing).items()
+        }
+        return as_edit(model, self, changes)
 
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipelines.closed_form.rows import Nothing, RowChoice, TaskRows, encode_task
-from toolkit.arch.base import Text
+from toolkit.arch.base import Segment, Stream, Text
 from toolkit.concepts import Concept, CustomizeTask, EraseTask, Subject
 from toolkit.errors import UserError
 
@@ -32,12 +32,15 @@ class Words:
         hidden = torch.stack([torch.stack([self.row(tuple(row[: i + 1].tolist())) for i in range(LENGTH)]) for row in ids])
         return Text(hidden, ids, torch.tensor([len(row) for row in words]))
 
+    def text_streams(self) -> dict[str, Stream]:
+        return {"hidden": Stream({}, lambda text: (Segment(text.hidden, text.ids, text.length),))}
+
     def row(self, ids: tuple[int, ...]) -> Tensor:
         return torch.randn(8, generator=torch.Generator().manual_seed(hash(ids) % 2**31))
 
 
 def rows(arch: Words, *concepts: Concept, templates: tuple[str, ...] = (), nothing: Nothing = "empty_prompt", preserve=()) -> TaskRows:
-    return encode_task(arch, EraseTask(concepts, preserve, templates), nothing)  # type: ignore[arg-type]
+    return encode_task(arch, EraseTask(concepts, preserve, templates), nothing)["hidden"]  # type: ignore[arg-type]
 
 
 def hidden(arch: Words, prompt: str) -> Tensor:
@@ -140,5 +143,53 @@ def test_what_would_do_nothing_or_something_else_is_refused(task, message):
 
 
 def test_rows_are_computed_where_float64_is():
-    arch = SimpleNamespace(device=torch.device("mps"), encode=Words().encode)
-    assert encode_task(arch, EraseTask((Concept("cat"),)), "template").empty.device.type == "cpu"  # type: ignore[arg-type]
+    words = Words()
+    arch = SimpleNamespace(device=torch.device("mps"), encode=words.encode, text_streams=words.text_streams)
+    assert encode_task(arch, EraseTask((Concept("cat"),)), "template")["hidden"].empty.device.type == "cpu"  # type: ignore[arg-type]
+
+
+class TwoEncoders(Words):
+    """The same beside an encoder without BOS in which every row sees the whole prompt, and a pooled vector."""
+
+    def text_streams(self) -> dict[str, Stream]:
+        def both(text: Text) -> tuple[Segment, ...]:
+            prompts = [tuple(ids[1:length].tolist()) for ids, length in zip(text.ids, text.length.tolist(), strict=True)]
+            rows = torch.stack([torch.stack([self.row((*prompt, -i)) for i in range(LENGTH)]) for prompt in prompts])
+            second = Segment(rows, torch.roll(text.ids, -1, 1), text.length - 1, leading=0, causal=False)
+            return Segment(text.hidden, text.ids, text.length), second
+
+        def pooled(text: Text) -> tuple[Segment, ...]:
+            return (Segment(text.hidden[:, -1:], None, torch.ones(len(text), dtype=torch.long), leading=0, causal=False),)
+
+        return {"hidden": Stream({}, both), "pooled": Stream({}, pooled)}
+
+
+def test_rows_of_several_encoders_and_a_pooled_one() -> None:
+    arch = TwoEncoders()
+    task = EraseTask((Concept("red cat", anchor="dog"),), ("bird",), ("a {} on grass",))
+    streams = encode_task(arch, task, "empty_prompt")  # type: ignore[arg-type]
+    text = arch.encode(["a red cat on grass", "a dog on grass", "a bird on grass", ""])
+    first, second = arch.text_streams()["hidden"].segments(text)
+
+    source, target = streams["hidden"].moved("all")
+    assert torch.equal(source, torch.cat([first.rows[0, 1:], second.rows[0]]))
+    # a | red cat | on grass EOT pads: in the second encoder "a" too knows what follows, so it goes to the anchor's "a"
+    assert torch.equal(target[11:], second.rows[1, [0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
+    source, target = streams["hidden"].moved("last_subject")
+    assert torch.equal(source, torch.stack([first.rows[0, 3], second.rows[0, 2]]))
+    assert torch.equal(target, torch.stack([first.rows[1, 2], second.rows[1, 1]]))
+    kept = torch.cat([first.rows[3], second.rows[3], first.rows[2, :6], second.rows[2, :5]])
+    assert torch.equal(streams["hidden"].keep("to_eot"), kept)
+
+    for choice in ("last_subject", "tail_aligned", "all"):
+        source, target = streams["pooled"].moved(choice)
+        assert torch.equal(source, first.rows[0, -1:]) and torch.equal(target, first.rows[1, -1:])
+    assert torch.equal(streams["pooled"].keep("all"), first.rows[[3, 2], -1])
+
+
+def test_nothing_in_an_encoder_without_bos_is_its_first_row() -> None:
+    arch = TwoEncoders()
+    streams = encode_task(arch, EraseTask((Concept("cat"),), (), ("a {}",)), "empty_prompt")  # type: ignore[arg-type]
+    second = arch.text_streams()["hidden"].segments(arch.encode(["a cat", ""]))[1]
+    source, target = streams["hidden"].moved("last_subject")
+    assert torch.equal(source[1], second.rows[0, 1]) and torch.equal(target[1], second.rows[1, 0])

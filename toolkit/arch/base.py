@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -41,12 +41,44 @@ class Text:
         pooled = None if self.pooled is None else self.pooled[index]
         return Text(self.hidden[index], self.ids[index], self.length[index], pooled)
 
+    def to(self, device: str | torch.device) -> Text:
+        """On another device."""
+        pooled = None if self.pooled is None else self.pooled.to(device)
+        return Text(self.hidden.to(device), self.ids.to(device), self.length.to(device), pooled)
+
     @staticmethod
     def cat(parts: Sequence[Text]) -> Text:
         """Batches one after another."""
         pooled = None if parts[0].pooled is None else torch.cat([p.pooled for p in parts if p.pooled is not None])
         hidden, ids = torch.cat([p.hidden for p in parts]), torch.cat([p.ids for p in parts])
         return Text(hidden, ids, torch.cat([p.length for p in parts]), pooled)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of encoded prompts from one encoder.
+
+    rows [n, L, d]. ids [n, L], or None for a pooled vector (L = 1). length [n]: tokens up to and including EOT.
+    leading: rows at the start that are the same in every prompt (1 for BOS). causal: whether a row sees only those before it.
+    """
+
+    rows: Tensor
+    ids: Tensor | None
+    length: Tensor
+    leading: int = 1
+    causal: bool = True
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What some linear layers of the denoiser read of an encoded prompt as it is, and those layers.
+
+    linears: site -> layer; a bias, where there is one, is no part of what an edit changes. segments: encoded prompts -> the
+    rows that the layers read.
+    """
+
+    linears: Mapping[str, nn.Linear]
+    segments: Callable[[Text], tuple[Segment, ...]]
 
 
 class Architecture(ABC):
@@ -96,7 +128,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def text_linears(self) -> dict[str, nn.Linear]:
-        """Site -> linear layer, for the layers that read the text encoder's output as it is (no bias)."""
+        """Site -> linear layer, for all layers of the denoiser that read the text encoders' output as it is."""
+
+    def text_streams(self) -> dict[str, Stream]:
+        """Those layers by what they read. Layers of one stream read the same rows, so that one change of the rows does for all."""
+        return {"hidden": Stream(self.text_linears(), lambda text: (Segment(text.hidden, text.ids, text.length),))}
 
     @abstractmethod
     def lora_targets(self) -> dict[str, nn.Linear]:
