@@ -64,16 +64,18 @@ def closed_form(
     erase_scale: float = 1.0,
     preserve_scale: float = 1.0,
     lamb: float = 0.5,
+    prior: Tensor | None = None,
     option: str = "lamb",
 ) -> Change:
     """The D that minimises, for every weight W0 at once,
 
-        a sum_i ||W0 (I + D) c_i - W0 g_i||^2 + p sum_j ||W0 D k_j||^2 + lamb ||W0 D||_F^2,
+        a sum_i ||W0 (I + D) c_i - W0 g_i||^2 + p sum_j ||W0 D k_j||^2 + tr(W0 D M D^T W0^T) + lamb ||W0 D||_F^2,
 
-    which is D = [a sum_i (g_i - c_i) c_i^T] (lamb I + a sum_i c_i c_i^T + p sum_j k_j k_j^T)^{-1}, independent of W0.
-    The system is d x d, or as wide as there are rows when these are fewer than d (the push-through identity).
+    which is D = [a sum_i (g_i - c_i) c_i^T] (lamb I + M + a sum_i c_i c_i^T + p sum_j k_j k_j^T)^{-1}, independent of W0.
+    The system is d x d, or, without M, as wide as there are rows when these are fewer than d (the push-through identity).
 
     source c: [n, d]. target g: [n, d]. keep k: [m, d], m may be 0. erase_scale a > 0, preserve_scale p >= 0.
+    prior M: [d, d], the weighted second moment of more rows to keep than one wants to hold; None for none.
     option: what the user calls `lamb`, for the error that a singular system gives.
     Returns U = (g - c)^T [d, n] and V [n, d]; their rank is at most n.
     Source: UCE (arXiv 2308.14761), equation 7, with v_i = W0 g_i.
@@ -88,11 +90,13 @@ def closed_form(
     if not preserve_scale:
         keep = keep[:0]
     cure = f"raise {option} (now {lamb:g})"
-    if n + len(keep) < width:
+    if prior is None and n + len(keep) < width:
         rows = torch.cat([erase_scale**0.5 * source, preserve_scale**0.5 * keep.double()])
         v = erase_scale**0.5 * _solve(_ridge(rows @ rows.T, lamb), rows, cure)[:n]
     else:
-        system = erase_scale * _second_moment(source) + preserve_scale * _second_moment(keep)
+        system = erase_scale * second_moment(source) + preserve_scale * second_moment(keep)
+        if prior is not None:
+            system += prior
         v = erase_scale * _solve(_ridge(system, lamb), source.T, cure).T
     return Change((target - source).T, v)
 
@@ -117,11 +121,11 @@ def joint_weight(weights: Iterable[Tensor]) -> Tensor:
 
     When every layer is W0_l T with the same T, sum_l ||W_l x - W0_l c||^2 = ||H T x - H c||^2.
     """
-    values, vectors = torch.linalg.eigh(sum(_second_moment(weight) for weight in weights))
+    values, vectors = torch.linalg.eigh(sum(second_moment(weight) for weight in weights))
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
-def _second_moment(rows: Tensor) -> Tensor:
+def second_moment(rows: Tensor) -> Tensor:
     """sum_i x_i x_i^T [d, d] in float64, without a float64 copy of all rows."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     for block in rows.split(_BLOCK):

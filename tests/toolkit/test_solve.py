@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from toolkit.errors import UserError
-from toolkit.solve import Change, closed_form, joint_weight, preimage
+from toolkit.solve import Change, closed_form, joint_weight, preimage, second_moment
 
 
 @dataclass
@@ -79,6 +79,18 @@ def test_agrees_with_the_naive_solution_at_the_size_of_sd1(n, m):
     change = solve(p)
     for weight in p.weights:
         assert relative(weight @ change.u @ change.v, naive(weight, p, 1.0, 1.0, 0.5) - weight) <= 1e-6
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 999), st.integers(2, 20), st.integers(1, 10), st.integers(0, 10), scale)
+def test_a_prior_is_as_good_as_its_rows(seed, width, n, m, b):
+    """Kept rows may come as their weighted second moment, whichever system the rows alone would have taken."""
+    p = problem(seed, width, n, m)
+    expected = solve(p, b=b).matrix()
+    prior = b * second_moment(p.keep)
+    given_moment = closed_form(p.source, p.target, p.keep[:0], lamb=0.5, prior=prior).matrix()
+    assert relative(given_moment, expected) <= 1e-8
+    assert torch.equal(prior, b * second_moment(p.keep)), "the caller's prior is not changed"
 
 
 def test_float32_rows_are_solved_in_float64():
