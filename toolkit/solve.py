@@ -77,7 +77,8 @@ def closed_form(
     source c: [n, d]. target g: [n, d]. keep k: [m, d], m may be 0. erase_scale a > 0, preserve_scale p >= 0.
     prior M: [d, d], the weighted second moment of more rows to keep than one wants to hold; None for none.
     option: what the user calls `lamb`, for the error that a singular system gives.
-    Returns U = (g - c)^T [d, n] and V [n, d]; their rank is at most n.
+    Returns U = (g - c)^T [d, n] and V [n, d] when n < d, else U = I and V = D [d, d]; no more than d x d is held in float64
+    for any number of rows.
     Source: UCE (arXiv 2308.14761), equation 7, with v_i = W0 g_i.
     """
     if not 0 < erase_scale < float("inf"):
@@ -86,19 +87,24 @@ def closed_form(
         if not 0 <= value < float("inf"):
             raise UserError(f"{name} is {value}, needs a number of at least 0; give such a weight")
     n, width = source.shape
-    source, target = source.double(), target.double()
     if not preserve_scale:
         keep = keep[:0]
     cure = f"raise {option} (now {lamb:g})"
     if prior is None and n + len(keep) < width:
-        rows = torch.cat([erase_scale**0.5 * source, preserve_scale**0.5 * keep.double()])
+        rows = torch.cat([erase_scale**0.5 * source.double(), preserve_scale**0.5 * keep.double()])
         v = erase_scale**0.5 * _solve(_ridge(rows @ rows.T, lamb), rows, cure)[:n]
-    else:
-        system = erase_scale * second_moment(source) + preserve_scale * second_moment(keep)
-        if prior is not None:
-            system += prior
-        v = erase_scale * _solve(_ridge(system, lamb), source.T, cure).T
-    return Change((target - source).T, v)
+        return Change((target.double() - source.double()).T, v)
+    system = erase_scale * second_moment(source) + preserve_scale * second_moment(keep)
+    if prior is not None:
+        system += prior
+    if n < width:
+        v = erase_scale * _solve(_ridge(system, lamb), source.double().T, cure).T
+        return Change((target.double() - source.double()).T, v)
+    moved = torch.zeros_like(system)  # sum_i c_i (g_i - c_i)^T
+    for rows, goals in zip(source.split(_BLOCK), target.split(_BLOCK), strict=True):
+        moved.addmm_(rows.double().T, goals.double() - rows.double())
+    v = erase_scale * _solve(_ridge(system, lamb), moved, cure).T
+    return Change(torch.eye(width, dtype=v.dtype, device=v.device), v)
 
 
 def preimage(weights: Iterable[Tensor], originals: Iterable[Tensor], rows: Tensor, reg: float) -> Tensor:
