@@ -15,6 +15,7 @@ from torch import Tensor
 from toolkit.errors import UserError
 
 _BLOCK = 4096  # rows turned to float64 at a time
+_COLUMNS = 256  # columns of a symmetric product computed at a time
 _SINGULAR = 1e13  # condition number above which float64 leaves the solution no reliable digits
 _DOUBTFUL = 1e-9  # reciprocal condition number, by a rough bound, below which the true one is computed
 
@@ -114,12 +115,12 @@ def preimage(weights: Iterable[Tensor], originals: Iterable[Tensor], rows: Tenso
 
     weights W_l, originals W0_l: [o_l, d]. rows: [n, d]. Returns [n, d], float64. Source: RECE (arXiv 2407.12383).
     """
-    width = rows.shape[1]
-    system, mixed = (torch.zeros(width, width, dtype=torch.float64, device=rows.device) for _ in range(2))
+    columns = rows.double().T
+    system, right = torch.zeros(len(columns), len(columns), dtype=columns.dtype, device=columns.device), torch.zeros_like(columns)
     for weight, original in zip(weights, originals, strict=True):
-        system += weight.double().T @ weight.double()
-        mixed += weight.double().T @ original.double()
-    return _solve(_ridge(system, reg), mixed @ rows.double().T, f"raise reg (now {reg:g})").T
+        system += second_moment(weight)
+        right += weight.double().T @ (original.double() @ columns)
+    return _solve(_ridge(system, reg), right, f"raise reg (now {reg:g})").T
 
 
 def joint_weight(weights: Iterable[Tensor]) -> Tensor:
@@ -132,11 +133,15 @@ def joint_weight(weights: Iterable[Tensor]) -> Tensor:
 
 
 def second_moment(rows: Tensor) -> Tensor:
-    """sum_i x_i x_i^T [d, d] in float64, without a float64 copy of all rows."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    """sum_i x_i x_i^T [d, d] in float64, without a float64 copy of all rows. Only one triangle is computed."""
+    width = rows.shape[1]
+    total = torch.zeros(width, width, dtype=torch.float64, device=rows.device)
     for block in rows.split(_BLOCK):
-        total.addmm_(block.double().T, block.double())
-    return total
+        block = block.double()
+        for first in range(0, width, _COLUMNS):
+            last = first + _COLUMNS
+            total[first:last, first:].addmm_(block[:, first:last].T, block[:, first:])
+    return total.triu() + total.triu(1).T
 
 
 def _ridge(system: Tensor, lamb: float) -> Tensor:
