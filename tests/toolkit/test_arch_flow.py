@@ -55,7 +55,7 @@ def picture(pipe: Any) -> Tensor:
 
 # --- noise ----------------------------------------------------------------------------------------------------------
 def test_noise_agrees_with_diffusers(arch: Flow) -> None:
-    scheduler = arch.scheduler(5)
+    scheduler: Any = arch.scheduler(5)
     x0, noise = random(2, 3, 4, 8, 8)
     t = scheduler.timesteps[[0, 2, 4]]
     torch.testing.assert_close(arch.add_noise(x0, noise, t), scheduler.scale_noise(x0, t, noise))
@@ -202,13 +202,15 @@ def test_gradients_reach_the_rows_of_every_encoder(family: Callable[[], Flow]) -
 
 # --- files and other people's formats -------------------------------------------------------------------------------
 def test_load_reads_what_save_wrote(family: Callable[[], Flow], tmp_path: Path) -> None:
-    model = Model(family())
-    with model.attached(word(model.arch)):  # type: ignore[arg-type]
+    arch = family()
+    model = Model(arch)
+    with model.attached(word(arch)):
         expected, image = model.arch.encode(["a <toy>"]), sample(model, ["a <toy>"], [0], steps=2)
         saved = model.save(tmp_path / "model")
     loaded = load_model(str(saved))
     text = loaded.arch.encode(["a <toy>"])
-    assert torch.equal(text.hidden, expected.hidden) and isinstance(text.pooled, Tensor) and torch.equal(text.pooled, expected.pooled)
+    assert isinstance(text.pooled, Tensor) and isinstance(expected.pooled, Tensor)
+    assert torch.equal(text.hidden, expected.hidden) and torch.equal(text.pooled, expected.pooled)
     assert loaded.guidance == model.guidance and loaded.arch.image_size == model.arch.image_size
     torch.testing.assert_close(sample(loaded, ["a <toy>"], [0], steps=2), image, atol=1e-5, rtol=0)
     assert load_model(str(saved), dtype="bfloat16").arch.dtype == torch.bfloat16
@@ -229,10 +231,10 @@ def test_lora_gives_the_same_image_in_diffusers(family: Callable[[], Flow], tmp_
     model = Model(family())
     arch = model.arch
     clips = [part for part in arch.token_embeddings() if part != T5[arch.name]]
-    layers = {**arch.lora_targets(), **arch.text_linears()}
+    layers: dict[str, Any] = {**arch.lora_targets(), **arch.text_linears()}
     for part in clips:
         named = arch.components()[part].named_modules()
-        layers |= {f"{part}.{name}": layer for name, layer in named if name.endswith("0.self_attn.q_proj")}  # type: ignore[misc]
+        layers |= {f"{part}.{name}": layer for name, layer in named if name.endswith("0.self_attn.q_proj")}
     ranks = {site: 1 + number % 3 for number, site in enumerate(layers)}
     factors = {site: (random(len(layer.weight), ranks[site]), random(ranks[site], layer.in_features)) for site, layer in layers.items()}
     edit = LowRank.from_factors(factors)

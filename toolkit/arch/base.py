@@ -24,9 +24,9 @@ from toolkit.errors import UserError
 class Text:
     """Encoded prompts.
 
-    hidden [n, L, d]: what the denoiser reads. ids [n, L]: token ids. length [n]: tokens of the first encoder up to and
-    including EOT (so the last subject token of a prompt is at `length - 2`). pooled [n, p] or None. guidance [n]: the
-    guidance scale that a distilled denoiser reads, None is 1; the others read none.
+    hidden [n, L, d]: what the denoiser reads. ids [n, L]: token ids. length [n]: tokens up to and including EOT (so the
+    last subject token of a prompt is at `length - 2`), of the first encoder where rows of several follow one another.
+    pooled [n, p] or None. guidance [n]: the scale that a distilled denoiser reads, None is 1; others read none.
     """
 
     hidden: Tensor
