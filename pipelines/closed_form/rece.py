@@ -72,7 +72,7 @@ class RECE(Method):
     uce_lamb: float = option(0.5, "weight of staying close to the given weights in UCE")
 
     kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
+    architectures: ClassVar = ("sd", "sdxl", "sd3", "flux")
     paper: ClassVar = "arXiv:2407.12383"
     training_free: ClassVar = True
 

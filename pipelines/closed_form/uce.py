@@ -54,7 +54,7 @@ class UCE(Method):
     lamb: float = option(0.5, "weight of staying close to the given weights")
 
     kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
+    architectures: ClassVar = ("sd", "sdxl", "sd3", "flux")
     paper: ClassVar = "arXiv:2308.14761"
     training_free: ClassVar = True
 

@@ -94,6 +94,14 @@ def test_sites(arch: SD) -> None:
         assert linear.bias is None and linear.in_features == 32
 
 
+def test_all_layers_that_read_text_read_the_whole_hidden_state(arch: SD) -> None:
+    [stream], text = arch.text_streams().values(), arch.encode(["a cat", "a dog"])
+    [segment] = stream.segments(text[1:])
+    assert stream.linears == arch.text_linears() and (segment.leading, segment.causal) == (1, True)
+    assert segment.ids is not None and torch.equal(segment.rows, text.hidden[1:]) and torch.equal(segment.ids, text.ids[1:])
+    assert segment.length.tolist() == text.length.tolist()[1:]
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_noise_agrees_with_diffusers(prediction: str) -> None:
     arch = SD.tiny(prediction_type=prediction)  # type: ignore[arg-type]

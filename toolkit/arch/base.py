@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,42 +24,48 @@ from toolkit.errors import UserError
 class Text:
     """Encoded prompts.
 
-    hidden [n, L, d]: what the denoiser reads. ids [n, L]: token ids. length [n]: tokens up to and including EOT
-    (so the last subject token of a prompt is at `length - 2`). pooled [n, p] or None.
+    hidden [n, L, d]: what the denoiser reads. ids [n, L]: token ids. length [n]: tokens up to and including EOT (so the
+    last subject token of a prompt is at `length - 2`), of the first encoder where rows of several follow one another.
+    pooled [n, p] or None. guidance [n]: the scale that a distilled denoiser reads, None is 1; others read none.
     """
 
     hidden: Tensor
     ids: Tensor
     length: Tensor
     pooled: Tensor | None = None
+    guidance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def __getitem__(self, index: Any) -> Text:
         """Rows of the batch; index is anything that indexes a tensor's first axis and keeps it."""
-        pooled = None if self.pooled is None else self.pooled[index]
-        return Text(self.hidden[index], self.ids[index], self.length[index], pooled)
+        columns: dict[str, Any] = {name: None if value is None else value[index] for name, value in self._columns().items()}
+        return Text(**columns)
 
     def to(self, device: str | torch.device) -> Text:
         """On another device."""
-        pooled = None if self.pooled is None else self.pooled.to(device)
-        return Text(self.hidden.to(device), self.ids.to(device), self.length.to(device), pooled)
+        columns: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in self._columns().items()}
+        return Text(**columns)
 
     @staticmethod
     def cat(parts: Sequence[Text]) -> Text:
         """Batches one after another."""
-        pooled = None if parts[0].pooled is None else torch.cat([p.pooled for p in parts if p.pooled is not None])
-        hidden, ids = torch.cat([p.hidden for p in parts]), torch.cat([p.ids for p in parts])
-        return Text(hidden, ids, torch.cat([p.length for p in parts]), pooled)
+        given = [part._columns() for part in parts]
+        columns: dict[str, Any] = {name: None if value is None else torch.cat([c[name] for c in given]) for name, value in given[0].items()}
+        return Text(**columns)
+
+    def _columns(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
 class Segment:
     """Rows of encoded prompts from one encoder.
 
-    rows [n, L, d]. ids [n, L], or None for a pooled vector (L = 1). length [n]: tokens up to and including EOT.
-    leading: rows at the start that are the same in every prompt (1 for BOS). causal: whether a row sees only those before it.
+    rows [n, L, d]. ids [n, L] or None for a pooled vector (L = 1). length [n]: tokens up to and including EOT.
+    leading: rows at the start that are the same in every prompt (1 for BOS, 0 without). causal: whether a row sees only
+    the rows before it.
     """
 
     rows: Tensor
@@ -89,6 +95,8 @@ class Architecture(ABC):
 
     name: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]  # the diffusers pipeline classes of this family, as model_index.json names them
+    default_guidance: float = 5.0  # guidance scale when none is given
+    distilled_guidance: bool = False  # whether the denoiser reads the scale itself (`Text.guidance`) and needs no second prediction
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -101,7 +109,7 @@ class Architecture(ABC):
 
     @classmethod
     @abstractmethod
-    def tiny(cls, *, seed: int = 0, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon") -> Self:
+    def tiny(cls, *, seed: int = 0) -> Self:
         """A random instance of the real classes, small enough for a test (well under a second to build)."""
 
     @abstractmethod
@@ -128,10 +136,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def text_linears(self) -> dict[str, nn.Linear]:
-        """Site -> linear layer, for all layers of the denoiser that read the text encoders' output as it is."""
+        """Site -> linear layer, for the layers that read the text encoders' output as it is: those of all `text_streams`."""
 
     def text_streams(self) -> dict[str, Stream]:
-        """Those layers by what they read. Layers of one stream read the same rows, so that one change of the rows does for all."""
+        """Name -> stream, for what the denoiser reads of the text encoders. Layers of one stream read the same rows, so that
+        one change of the rows does for all. Default: the hidden state, read by all `text_linears`."""
         return {"hidden": Stream(self.text_linears(), lambda text: (Segment(text.hidden, text.ids, text.length),))}
 
     @abstractmethod
@@ -185,7 +194,10 @@ class Architecture(ABC):
 
     @abstractmethod
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha_t, sigma_t), each [n, 1, 1, 1], such that x_t = alpha_t x_0 + sigma_t eps. t: timesteps [n]."""
+        """(alpha_t, sigma_t), each [n, 1, 1, 1], such that x_t = alpha_t x_0 + sigma_t eps.
+
+        t: timesteps [n], integers below `train_timesteps` or what `scheduler` gives.
+        """
 
     @abstractmethod
     def predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
@@ -209,8 +221,12 @@ class Architecture(ABC):
         return alpha * x0 + sigma * noise
 
     @abstractmethod
-    def scheduler(self, steps: int) -> Any:
-        """A fresh deterministic diffusers scheduler with its timesteps set; the default sampler of the family."""
+    def scheduler(self, steps: int, latent_shape: tuple[int, int, int] | None = None) -> Any:
+        """A fresh deterministic diffusers scheduler with its timesteps set; the default sampler of the family.
+
+        It starts from standard normal noise, and the denoiser reads its latents as they are. latent_shape: of one
+        latent, None is that of the default size; some families take noisier steps for larger images.
+        """
 
     # --- other people's formats ---------------------------------------------------------------------------------
     @abstractmethod
@@ -231,7 +247,8 @@ class Architecture(ABC):
 def from_pretrained(pipeline: Any, source: str, dtype: torch.dtype, **options: Any) -> Any:
     """A diffusers pipeline from a folder or a hub id, from safetensors only. Failing to is a UserError."""
     try:
-        return pipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        missing = {name: None for name, kind in pipeline.load_config(source).items() if kind == [None, None]}  # saved without these
+        return pipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **{**missing, **options})
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load {source!r} ({reason}); give a diffusers folder or hub id with .safetensors weights") from error

@@ -10,11 +10,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from toolkit.arch.base import Text, from_pretrained
-from toolkit.arch.sd import SD, TEXT_PREFIX, TINY_NOISE, TINY_TEXT, TINY_UNET, TINY_VAE, tiny_text_config, tiny_tokenizer
+from toolkit.arch.sd import SD, TINY_NOISE, TINY_TEXT, TINY_UNET, TINY_VAE, tiny_text_config, tiny_tokenizer
 
 TINY_TEXT_2: dict[str, Any] = {**TINY_TEXT, "hidden_size": 40, "projection_dim": 24, "hidden_act": "gelu"}
 TINY_SIZES = 8  # width of the encoding of each of the six numbers about an image's size
@@ -58,22 +58,6 @@ class SDXL(SD):
             }
         return cls(StableDiffusionXLPipeline(**parts, add_watermarker=False))
 
-    # --- parts --------------------------------------------------------------------------------------------------
-    def components(self) -> dict[str, nn.Module]:
-        return {**super().components(), "text_encoder_2": self.pipe.text_encoder_2}
-
-    def token_embeddings(self) -> dict[str, nn.Embedding]:
-        return {**super().token_embeddings(), "text_encoder_2": self.pipe.text_encoder_2.get_input_embeddings()}
-
-    def set_token_embedding(self, component: str, module: nn.Module) -> None:
-        self.components()[component].set_input_embeddings(module)
-
-    def tokenizers(self) -> dict[str, Any]:
-        return {**super().tokenizers(), "text_encoder_2": self.pipe.tokenizer_2}
-
-    def set_tokenizer(self, component: str, tokenizer: Any) -> None:
-        setattr(self.pipe, component.replace("text_encoder", "tokenizer"), tokenizer)
-
     # --- text ---------------------------------------------------------------------------------------------------
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:
         """hidden: both encoders' last hidden states but one, side by side. ids and length: the first tokenizer's."""
@@ -102,8 +86,3 @@ class SDXL(SD):
         hidden = text.hidden.to(self.dtype)
         output = self.pipe.unet(latents.to(self.dtype), t, encoder_hidden_states=hidden, added_cond_kwargs=extra).sample
         return output.to(latents.dtype)
-
-    # --- other people's formats ---------------------------------------------------------------------------------
-    def diffusers_lora_key(self, site: str) -> str:
-        component, _, path = site.partition(".")
-        return f"{component}.{path}" if path.startswith(TEXT_PREFIX) else super().diffusers_lora_key(site)
