@@ -50,7 +50,7 @@ class UCE(Method):
     nothing: Nothing = option("empty_prompt", "where a concept without an anchor goes: empty_prompt, or the template without it")
     erase_scale: float = option(1.0, "weight of each moved row")
     preserve_scale: float = option(0.1, "weight of each kept row")
-    preserve_rows: KeepChoice = option("all", "rows of preserved prompts that are kept: all, or to_eot (without padding)")
+    preserve_rows: KeepChoice = option("all", "rows of preserved prompts that are kept: all, to_eot (without padding) or last_subject")
     lamb: float = option(0.5, "weight of staying close to the given weights")
 
     kind: ClassVar = "erase"

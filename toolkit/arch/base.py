@@ -130,6 +130,10 @@ class Architecture(ABC):
     def text_linears(self) -> dict[str, nn.Linear]:
         """Site -> linear layer, for all layers of the denoiser that read the text encoders' output as it is."""
 
+    def value_linears(self) -> dict[str, nn.Linear]:
+        """Those of `text_linears` that give attention its values and not its keys; all, where one layer gives both."""
+        return self.text_linears()
+
     def text_streams(self) -> dict[str, Stream]:
         """Those layers by what they read. Layers of one stream read the same rows, so that one change of the rows does for all."""
         return {"hidden": Stream(self.text_linears(), lambda text: (Segment(text.hidden, text.ids, text.length),))}
