@@ -43,17 +43,17 @@ class RealEraEmbedding(Method):
         n plus the number of neighbours. D1 = radius |e| and D2 = beyond_radius |e|.
 
     Defaults
-        The paper's idea is the two kinds of rows, what is asked of them and their targets. It publishes no code, and its D1, D2, S1, S2
-        and counts are not known to us. 5 neighbours, 3 rows beyond and S1 = 0.5, S2 = 0.9 are those of a
-        re-implementation (that of CRCE's authors). So is beyond_radius 1.6: its radius is up to 400 around an encoded prompt of
+        The paper's are the two kinds of rows, what is asked of them and their targets. It comes without code, and its D1, D2,
+        S1, S2 and counts are not known to us. 5 neighbours, 3 rows beyond, S1 = 0.5 and S2 = 0.9 are those of a
+        re-implementation by CRCE's authors. So is beyond_radius 1.6: their radius is up to 400 around an encoded prompt of
         77 x 768 numbers, 1.6 times the norm of the random prompt that it moves towards. radius 1 is ours; the similarity
         decides more, as S1 = 0.5 is reached at 0.9 |e|. rows, erase_scale, preserve_scale and lamb are UCE's.
 
     Deviations
         Radii are relative to the norm of the row, so that they mean the same in every model. An embedding is a random one of
         the row's own norm, and a uniform distance on the way there: a step in a random direction would only make the row
-        longer, and text encoders end in a layer norm that gives all rows about one length. It is drawn again until its
-        similarity fits. Rows are perturbed, not prompts as a whole: the layers read row by row, BOS has to stay as it is, and
+        longer, and behind the layer norm that Stable Diffusion's text encoder ends in all rows have about one length. It is
+        drawn again until its similarity fits. Rows are perturbed, not prompts as a whole: the layers read row by row, BOS has to stay as it is, and
         in a prompt's norm its padding counts most. Only the concept's last token in each prompt is perturbed: the directions
         are random, so that with the neighbours of all its 76 rows they would fill the width of the text, and everything
         would move. Neighbours weigh as much as moved rows, and rows beyond as much as kept ones. Solved in float64.

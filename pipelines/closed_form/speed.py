@@ -40,13 +40,14 @@ class SPEED(Method):
         which is UCE's solution for rows P' c_i. It equals the paper's
             (G - S) P [I - M K (K^T P M K)^{-1} K^T P] M,   M = (S P + r I)^{-1},
         S and G the means of c c^T and g c^T, K the invariants as columns, and needs no inverse.
-        Influence-based prior filtering: of the retained rows those with ||W E x|| above its mean count, W E being the change of
-        W that erases without retaining anything (r = 1). Directed prior augmentation: to these, x + v v^T e with e standard
-        normal and v the direction of W's smallest singular value is added `augmentations` times, and filtered likewise.
-        Invariants: BOS, and the centres of `invariants` clusters of the empty prompt's other rows.
+        Which rows x_j are retained: influence-based prior filtering leaves, of the rows of the preserved prompts (without any,
+        of the empty prompt), those with ||W E x|| above its mean, W E being the change of W that erases without retaining
+        anything (r = 1). Directed prior augmentation adds to these, `augmentations` times, x + v v^T e with e standard normal
+        and v the direction of W's smallest singular value, where ||W E x|| is above its mean over what could be added.
+        Invariants are BOS, and the centres of `invariants` clusters of the empty prompt's other rows.
 
     Shapes
-        c, g: [n, d], x: [m, d] text encoder outputs, d its width. W: [o, d]. D, P: [d, d]; D P has rank at most n.
+        c, g: [n, d], x: [m, d] text encoder outputs, k: [d], d its width. W: [o, d]. D, P: [d, d]; D P has rank at most n.
 
     Defaults
         The official ones are layers "values", 10 augmentations, 3 invariants and retain_scale 1 (0.05 for ten and more
@@ -61,8 +62,8 @@ class SPEED(Method):
         exact; the official nudity setting softens it (lamb 0.5), as K^T P M K is singular when the invariants are retained rows
         as well, while here such invariants need nothing. Several words and templates of a concept are more prompts of the mean.
         The singular vector of the augmentation is the smallest within W's row space; noise outside it W does not see. The
-        filter's mean for augmented rows is over all of them; the official code's is over batches of 128 rows. Filtering and
-        augmentation can be left out separately. k-means starts from the rows furthest apart instead of random ones. With
+        filter's mean for augmented rows is over all of them; the official code's is over batches of 128 rows. Without augmentation
+        the filter stays, which there goes with it. k-means starts from the rows furthest apart instead of random ones. With
         `per_layer` off the rows are refined for all layers together, by the sum of their changes: one solve instead of one for
         each layer, and a smaller edit. Solved in float64.
     """

@@ -50,7 +50,7 @@ class TRCEEmbedding(Method):
     Deviations
         The official lamb is 0: what makes its system regular is a sum over 30,000 COCO captions, computed for one checkpoint.
         Here what is kept are the preserved prompts, which leave directions free, and lamb takes their place: at s = 0.01 the
-        captions weigh about s 77 |k|^2 / d = 0.8 in each direction, rows of width d having |k|^2 near d. With lamb 0 and too
+        captions weigh about s 77 |k|^2 / d = 0.8 in each direction, as |k|^2 is near d behind a layer norm. With lamb 0 and too
         few preserved prompts the error says so. preserve_scale counts once; the official code multiplies by it twice and so
         by 1e-4. EOT is found by the tokens; the official code counts words, which is wrong as soon as one word has several
         tokens. Every token of the concept has the keyword's weight; there only the first. A pooled encoding is its own EOT.

@@ -43,7 +43,8 @@ class UCE(Method):
         it is factored once, in float64, and not inverted. Its prompts are the bare concept and optional templates;
         here the task's templates, always. The subject token is located inside the template, where the official code
         takes the last token of the prompt. The rows of the empty prompt are always kept, as in the code at the time of
-        the paper (the current one does not keep them). Preserved prompts keep all their rows, not one per concept.
+        the paper (the current one does not keep them). Preserved prompts keep all their rows, or with preserve_rows
+        last_subject one, as there.
     """
 
     rows: RowChoice = option("all", "token rows that are moved: last_subject, tail_aligned or all")

@@ -129,6 +129,19 @@ def test_its_gradient_is_zero() -> None:
     assert ((rows @ d.T - (goals - rows)).T @ rows + rest).norm() <= 1e-8 * rest.norm()
 
 
+@pytest.mark.parametrize("out", [320, 1280])
+def test_layers_as_wide_as_stable_diffusions(out: int) -> None:
+    text, weight = random_rows(768, 20, 77), torch.randn(out, 768, generator=seeded(1)).double()
+    make, (concept, goal), (source, target) = seeded(), text.subjects("all"), text.moved("all")
+    c = torch.cat([source, around(concept, 5, (0.0, 1.0), (0.5, 0.9), make)])
+    g = torch.cat([target, goal.repeat_interleave(5, 0)]).double()
+    k = torch.cat([text.keep("all"), around(concept, 3, (1.0, 1.6), (-1.0, 0.5), make)])
+    rest = 0.1 * k.T @ k + 0.5 * torch.eye(768, dtype=torch.float64)
+    wanted = weight @ (g.T @ c + rest) @ torch.linalg.inv(c.T @ c + rest)
+    changed = weight @ RealEraEmbedding().change_of(text, seeded()).matrix()
+    assert (changed - wanted).norm() <= 1e-6 * (wanted - weight).norm()
+
+
 def test_the_seed_and_nothing_else_is_random(tiny: Model) -> None:
     one, two, other = (RealEraEmbedding(seed=seed).fit(tiny, TASK) for seed in (0, 0, 1))
     site = one.sites()[0]

@@ -112,6 +112,17 @@ def test_its_gradient_is_zero() -> None:
     assert (erase + rest).norm() <= 1e-8 * rest.norm()
 
 
+@pytest.mark.parametrize("out", [320, 1280])
+def test_layers_as_wide_as_stable_diffusions(out: int) -> None:
+    text, weight = random_rows(768, 20, 6, 77), torch.randn(out, 768, generator=torch.Generator().manual_seed(1)).double()
+    method = TRCEEmbedding(padding_weight=0.1, keyword_weight=0.5, preserve_scale=0.2)
+    source, target = map(torch.cat, zip(*(method.rows_of(*pair) for pair in text.pairs), strict=True))
+    keep, one = text.keep("all").double(), torch.eye(768, dtype=torch.float64)
+    left = weight @ (target.T @ source / 20 + 0.2 / 7 * keep.T @ keep + 0.5 * one)
+    wanted = left @ torch.linalg.inv(source.T @ source / 20 + 0.2 / 7 * keep.T @ keep + 0.5 * one)
+    assert (weight @ method.change_of(text).matrix() - wanted).norm() <= 1e-6 * (wanted - weight).norm()
+
+
 def test_kept_prompts_stay_as_their_weight_grows_which_counts_once() -> None:
     text = random_rows(24, 2, 1)
     keep, drift = text.keep("all").double(), []
@@ -132,10 +143,13 @@ def test_without_lamb_few_preserved_prompts_are_refused(tiny: Model) -> None:
     TRCEEmbedding(lamb=0.0).change_of(random_rows(24, 1, 3))
 
 
-@pytest.mark.parametrize("weights", [{"eot_weight": 0.0}, {"eot_weight": 0.0, "sot_weight": 1.0}, {"keyword_weight": -1.0}])
-def test_weights_that_move_nothing_are_refused(tiny: Model, weights: dict[str, float]) -> None:
+NOTHING = [TRCEEmbedding(eot_weight=0.0), TRCEEmbedding(eot_weight=0.0, sot_weight=1.0), TRCEEmbedding(keyword_weight=-1.0)]
+
+
+@pytest.mark.parametrize("method", NOTHING)
+def test_weights_that_move_nothing_are_refused(tiny: Model, method: TRCEEmbedding) -> None:
     with pytest.raises(UserError, match=r"row weights are .*raise eot_weight"):
-        TRCEEmbedding(**weights).fit(tiny, TASK)
+        method.fit(tiny, TASK)
 
 
 def test_a_pooled_encoding_is_its_own_end_of_text() -> None:
