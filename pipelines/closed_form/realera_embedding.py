@@ -50,13 +50,14 @@ class RealEraEmbedding(Method):
         decides more, as S1 = 0.5 is reached at 0.9 |e|. rows, erase_scale, preserve_scale and lamb are UCE's.
 
     Deviations
-        Radii are relative to the norm of the row, so that they mean the same in every model. An embedding is a random one of
-        the row's own norm, and a uniform distance on the way there: a step in a random direction would only make the row
+        Radii are relative to the norm of the row, so that they mean the same in every model. An embedding is a random one
+        of the row's own norm, and a uniform distance on the way there: a step in a random direction would only make the row
         longer, and behind the layer norm that Stable Diffusion's text encoder ends in all rows have about one length. It is
-        drawn again until its similarity fits. Rows are perturbed, not prompts as a whole: the layers read row by row, BOS has to stay as it is, and
-        in a prompt's norm its padding counts most. Only the concept's last token in each prompt is perturbed: the directions
-        are random, so that with the neighbours of all its 76 rows they would fill the width of the text, and everything
-        would move. Neighbours weigh as much as moved rows, and rows beyond as much as kept ones. Solved in float64.
+        drawn again until its similarity fits. Rows are perturbed, not prompts as a whole: the layers read row by row, BOS
+        has to stay as it is, and in a prompt's norm its padding counts most. Only the concept's last token in each prompt
+        is perturbed: the directions are random, so that with the neighbours of all its 76 rows they would fill the width of
+        the text, and everything would move. Neighbours weigh as much as moved rows, and rows beyond as much as kept ones.
+        Solved in float64.
     """
 
     rows: Literal["last_subject", "tail_aligned", "all"] = option("all", "token rows that are moved: last_subject, tail_aligned or all")
