@@ -127,6 +127,7 @@ def joint_weight(weights: Iterable[Tensor]) -> Tensor:
     """One H [d, d] that stands for all layers in a least-squares problem: H^T H = sum_l W_l^T W_l.
 
     When every layer is W0_l T with the same T, sum_l ||W_l x - W0_l c||^2 = ||H T x - H c||^2.
+    Its rows are the right singular vectors of all layers stacked, times their singular values, from the smallest on.
     """
     values, vectors = torch.linalg.eigh(sum(second_moment(weight) for weight in weights))
     return values.clamp(min=0).sqrt()[:, None] * vectors.T

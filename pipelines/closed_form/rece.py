@@ -64,7 +64,7 @@ class RECE(Method):
     reg: float = option(0.1, "ridge on the derived embeddings; smaller finds embeddings further away")
     erase_scale: float = option(1.0, "weight of each derived row")
     preserve_scale: float = option(0.1, "weight of each kept row in the epochs")
-    preserve_rows: KeepChoice = option("all", "rows of preserved prompts that are kept: all, or to_eot (without padding)")
+    preserve_rows: KeepChoice = option("all", "rows of preserved prompts that are kept: all, to_eot (without padding) or last_subject")
     lamb: float = option(0.1, "weight of staying close to the weights of the epoch before")
     again: bool = option(True, "in each epoch move the concept's own rows again, beside those derived from them")
     uce_erase_scale: float = option(1.0, "weight of each moved row in UCE")

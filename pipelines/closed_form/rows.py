@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
 
 RowChoice = Literal["last_subject", "tail_aligned", "all"]
-KeepChoice = Literal["all", "to_eot"]
+KeepChoice = Literal["all", "to_eot", "last_subject"]
 Nothing = Literal["empty_prompt", "template"]
 
 _BATCH = 64  # prompts per call of the text encoder
@@ -47,14 +47,20 @@ class Placed:
     """An encoded prompt and where its subject is.
 
     hidden: [L, d]. The subject's tokens are rows start to end - 1; start == end when the prompt has no subject.
-    leading and causal: see `Segment`.
+    ids: the tokens from the first to EOT, None for a pooled encoding. leading and causal: see `Segment`.
     """
 
     hidden: Tensor
     start: int
     end: int
+    ids: tuple[int, ...] | None
     leading: int = 1
     causal: bool = True
+
+    @property
+    def length(self) -> int:
+        """Rows up to and including EOT; the rest is padding."""
+        return len(self.hidden) if self.ids is None else len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -62,21 +68,40 @@ class TaskRows:
     """A task's prompts, encoded, as one stream of a model reads them.
 
     pairs: (concept prompt, anchor prompt) for every template and every word of every concept, and every segment.
-    kept: per preserved prompt its rows [L, d] and its length up to and including EOT. empty: the empty prompt's rows.
+    kept: the preserved prompts, for every segment. blank: the empty prompt, for every segment.
     """
 
     pairs: tuple[tuple[Placed, Placed], ...]
-    kept: tuple[tuple[Tensor, int], ...]
-    empty: Tensor
+    kept: tuple[Placed, ...]
+    blank: tuple[Placed, ...]
+
+    @property
+    def empty(self) -> Tensor:
+        """The empty prompt's rows [L, d]."""
+        return torch.cat([prompt.hidden for prompt in self.blank])
 
     def moved(self, choice: RowChoice) -> tuple[Tensor, Tensor]:
         """Rows to move [n, d] and where each goes [n, d]."""
         sources, targets = zip(*(_pair(concept, anchor, choice) for concept, anchor in self.pairs), strict=True)
         return torch.cat(sources), torch.cat(targets)
 
+    def subjects(self, choice: RowChoice) -> tuple[Tensor, Tensor]:
+        """Of the rows to move only each prompt's last subject token [n, d], and where it goes [n, d]."""
+        sources, targets = [], []
+        for concept, anchor in self.pairs:
+            row = concept.end - 1 - concept.leading if choice == "all" else 0
+            source, target = _pair(concept, anchor, choice)
+            sources.append(source[row])
+            targets.append(target[row])
+        return torch.stack(sources), torch.stack(targets)
+
+    def preserved(self, choice: KeepChoice) -> Tensor:
+        """Rows of the preserved prompts [m, d]: all, those up to EOT, or the last token of what is preserved."""
+        return torch.cat([self.empty[:0], *(_kept(prompt, choice) for prompt in self.kept)])
+
     def keep(self, choice: KeepChoice) -> Tensor:
-        """Rows to keep [m, d]: of the preserved prompts all, or those up to EOT; and all of the empty prompt."""
-        return torch.cat([self.empty, *(hidden if choice == "all" else hidden[:length] for hidden, length in self.kept)])
+        """Rows to keep [m, d]: those of the preserved prompts, and all of the empty prompt."""
+        return torch.cat([self.empty, self.preserved(choice)])
 
 
 def encode_task(arch: Architecture, task: Task, nothing: Nothing) -> dict[str, TaskRows]:
@@ -89,8 +114,8 @@ def encode_task(arch: Architecture, task: Task, nothing: Nothing) -> dict[str, T
     _check(task)
     jobs = list(_jobs(task, nothing))
     templates = dict.fromkeys(template for concept in task.concepts for template in task.templates or concept.templates)
-    kept = [_fill(template, word) for word in task.preserve for template in templates]
-    prompts = ["", *kept]
+    kept = [(template, word) for word in task.preserve for template in templates]
+    prompts = ["", *(_fill(*job) for job in kept)]
     for template, word, anchor_template, anchor in jobs:
         prompts += [_fill(template, word), _fill(anchor_template, anchor), *_around(template), *_around(anchor_template)]
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
@@ -100,8 +125,8 @@ def encode_task(arch: Architecture, task: Task, nothing: Nothing) -> dict[str, T
         encodings = [_Encoding(segment, index) for segment in stream.segments(text)]
         streams[name] = TaskRows(
             tuple((each.place(*job[:2]), each.place(*job[2:])) for each in encodings for job in jobs),
-            tuple(each.up_to_eot(prompt) for each in encodings for prompt in kept),
-            torch.cat([each.up_to_eot("")[0] for each in encodings]),
+            tuple(each.place(*job) for each in encodings for job in kept),
+            tuple(each.place("{}", "") for each in encodings),
         )
     return streams
 
@@ -163,7 +188,7 @@ class _Encoding:
         leading, causal = self.segment.leading, self.segment.causal
         rows, length = self.up_to_eot(_fill(template, word))
         if self.segment.ids is None:
-            return Placed(rows, 0, len(rows), leading, causal)
+            return Placed(rows, 0, len(rows), None, leading, causal)
         before, after = (self.up_to_eot(part)[1] for part in _around(template))
         start, eot = before - 1, length - 1
         end = eot - (after - 1 - leading)
@@ -171,7 +196,14 @@ class _Encoding:
         same = torch.equal(ids[:start], ids_before[:start]) and torch.equal(ids[end:eot], ids_after[leading : leading + eot - end])
         if not same or (word.strip() and end <= start):
             raise UserError(f"template {template!r} joins {word!r} to the words beside it; put spaces around the {{}}")
-        return Placed(rows, start, end, leading, causal)
+        return Placed(rows, start, end, tuple(ids[:length].tolist()), leading, causal)
+
+
+def _kept(prompt: Placed, choice: KeepChoice) -> Tensor:
+    """One preserved prompt's rows that are kept [m, d]."""
+    if choice == "last_subject":
+        return prompt.hidden[prompt.end - 1 : prompt.end]
+    return prompt.hidden if choice == "all" else prompt.hidden[: prompt.length]
 
 
 def _pair(concept: Placed, anchor: Placed, choice: RowChoice) -> tuple[Tensor, Tensor]:

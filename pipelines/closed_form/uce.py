@@ -43,14 +43,15 @@ class UCE(Method):
         it is factored once, in float64, and not inverted. Its prompts are the bare concept and optional templates;
         here the task's templates, always. The subject token is located inside the template, where the official code
         takes the last token of the prompt. The rows of the empty prompt are always kept, as in the code at the time of
-        the paper (the current one does not keep them). Preserved prompts keep all their rows, not one per concept.
+        the paper (the current one does not keep them). Preserved prompts keep all their rows, or with preserve_rows
+        last_subject one, as there.
     """
 
     rows: RowChoice = option("all", "token rows that are moved: last_subject, tail_aligned or all")
     nothing: Nothing = option("empty_prompt", "where a concept without an anchor goes: empty_prompt, or the template without it")
     erase_scale: float = option(1.0, "weight of each moved row")
     preserve_scale: float = option(0.1, "weight of each kept row")
-    preserve_rows: KeepChoice = option("all", "rows of preserved prompts that are kept: all, or to_eot (without padding)")
+    preserve_rows: KeepChoice = option("all", "rows of preserved prompts that are kept: all, to_eot (without padding) or last_subject")
     lamb: float = option(0.5, "weight of staying close to the given weights")
 
     kind: ClassVar = "erase"

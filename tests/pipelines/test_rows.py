@@ -119,6 +119,21 @@ def test_kept_rows_are_the_empty_prompt_and_the_preserved_words_in_the_templates
     empty, bare, one = (hidden(arch, prompt) for prompt in ("", "bird", "a bird"))
     assert torch.equal(text.keep("all"), torch.cat([empty, bare, one]))
     assert torch.equal(text.keep("to_eot"), torch.cat([empty, bare[:3], one[:4]]))
+    assert torch.equal(text.keep("last_subject"), torch.cat([empty, bare[1:2], one[2:3]]))
+    assert torch.equal(text.preserved("to_eot"), torch.cat([bare[:3], one[:4]]))
+    assert rows(arch, Concept("cat")).preserved("all").shape == (0, 8)
+
+
+@pytest.mark.parametrize("choice", ["last_subject", "tail_aligned", "all"])
+def test_the_last_subject_tokens_among_the_moved_rows(choice: RowChoice):
+    arch = TwoEncoders()
+    concepts = Concept("red cat", anchor="big white dog"), Concept("cow")
+    text = encode_task(arch, EraseTask(concepts, templates=("a {} on grass",)), "empty_prompt")["hidden"]  # type: ignore[arg-type]
+    source, target = text.subjects(choice)
+    first, second = arch.text_streams()["hidden"].segments(arch.encode(["a red cat on grass", "a cow on grass"]))
+    assert torch.equal(source, torch.stack([first.rows[0, 3], first.rows[1, 2], second.rows[0, 2], second.rows[1, 1]]))
+    moved = [torch.cat(pair) for pair in zip(*text.moved(choice), strict=True)]
+    assert all(any(torch.equal(torch.cat(pair), both) for both in moved) for pair in zip(source, target, strict=True))
 
 
 def test_every_prompt_is_encoded_once():

@@ -88,6 +88,7 @@ def test_sites(arch: SD) -> None:
     cross = [name for name in attention if name.endswith("attn2")]
     assert len(attention) == 2 * len(cross) == 14
     assert sorted(linears) == sorted(f"{site}.{linear}" for site in cross for linear in ("to_k", "to_v"))
+    assert sorted(arch.value_linears()) == sorted(f"{site}.to_v" for site in cross)
     assert len(targets) == 4 * len(attention) and linears.keys() < targets.keys()
     for site, linear in linears.items():
         assert linear is unet.get_submodule(site.removeprefix("denoiser."))

@@ -138,6 +138,10 @@ class Architecture(ABC):
     def text_linears(self) -> dict[str, nn.Linear]:
         """Site -> linear layer, for the layers that read the text encoders' output as it is: those of all `text_streams`."""
 
+    def value_linears(self) -> dict[str, nn.Linear]:
+        """Those of `text_linears` that give attention its values and not its keys; all, where one layer gives both."""
+        return self.text_linears()
+
     def text_streams(self) -> dict[str, Stream]:
         """Name -> stream, for what the denoiser reads of the text encoders. Layers of one stream read the same rows, so that
         one change of the rows does for all. Default: the hidden state, read by all `text_linears`."""
