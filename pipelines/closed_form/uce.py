@@ -46,7 +46,7 @@ class UCE(Method):
         the paper (the current one does not keep them). Preserved prompts keep all their rows, not one per concept.
     """
 
-    rows: RowChoice = option("all", "token rows that are moved: last_subject, tail_aligned or all")
+    rows: RowChoice = option("all", "token rows that are moved: last_subject, tail_aligned, matched or all")
     nothing: Nothing = option("empty_prompt", "where a concept without an anchor goes: empty_prompt, or the template without it")
     erase_scale: float = option(1.0, "weight of each moved row")
     preserve_scale: float = option(0.1, "weight of each kept row")
