@@ -42,7 +42,7 @@ KeepChoice = Literal["all", "to_eot"]
 Nothing = Literal["empty_prompt", "template"]
 Templates = Mapping[Literal["object", "style"], Sequence[str]]
 
-_BATCH = 64  # prompts per call of the text encoder
+BATCH = 64  # prompts per call of the text encoder
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def encode_task(arch: Architecture, task: Task, nothing: Nothing, own: Templates
     nothing: where concepts without an anchor go. own: the method's templates for each kind of concept, which take the place of
     the concepts' own; a task that has templates has the last word.
     """
-    if not isinstance(task, EraseTask):
-        raise UserError(f"given a {type(task).__name__}, needs an EraseTask; closed-form edits erase concepts")
+    task = erase_task(task)
     templates = [task.templates or (own[concept.kind] if own else concept.templates) for concept in task.concepts]
     _check(task, templates)
     jobs = list(_jobs(task, templates, nothing))
@@ -110,6 +109,13 @@ def encode_task(arch: Architecture, task: Task, nothing: Nothing, own: Templates
             torch.cat([each.up_to_eot("")[0] for each in encodings]),
         )
     return streams
+
+
+def erase_task(task: Task) -> EraseTask:
+    """The task, which must be one to erase."""
+    if not isinstance(task, EraseTask):
+        raise UserError(f"given a {type(task).__name__}, needs an EraseTask; closed-form edits erase concepts")
+    return task
 
 
 def encode_concept(arch: Architecture, concept: Concept, templates: Sequence[str]) -> dict[str, tuple[Placed, ...]]:
@@ -160,8 +166,13 @@ def _around(template: str) -> tuple[str, str]:
 
 def encode(arch: Architecture, prompts: Sequence[str]) -> Text:
     """The prompts, encoded in batches, where float64 can be computed."""
-    text = Text.cat([arch.encode(prompts[first : first + _BATCH]) for first in range(0, len(prompts), _BATCH)])
-    return text.to("cpu") if arch.device.type == "mps" else text  # Metal has no float64
+    text = Text.cat([arch.encode(prompts[first : first + BATCH]) for first in range(0, len(prompts), BATCH)])
+    return text.to(exact_device(arch))
+
+
+def exact_device(arch: Architecture) -> torch.device:
+    """Where what the text encoder gives is computed with in float64: where it is, but Metal has no float64."""
+    return torch.device("cpu") if arch.device.type == "mps" else arch.device
 
 
 @dataclass(frozen=True)
