@@ -108,9 +108,28 @@ class CustomizeTask:
 
 @dataclass(frozen=True)
 class MergeTask:
-    """Make one edit out of several."""
+    """Make one edit out of several.
+
+    edits: what to merge. concepts: what each of them is about, one per edit, or empty: the new words that it brings.
+    """
 
     edits: tuple[Edit, ...]
+    concepts: tuple[Concept, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.concepts and len(self.concepts) != len(self.edits):
+            raise UserError(f"{len(self.concepts)} concepts for {len(self.edits)} edits; give one for each edit, or none")
+
+    @property
+    def about(self) -> tuple[Concept, ...]:
+        """What each edit is about. An edit without new words of its own needs `concepts`; none given is a UserError."""
+        if self.concepts:
+            return self.concepts
+        for edit in self.edits:
+            if not edit.info.triggers:
+                what = f"{edit.info.method or edit.kind()} edit brings no new words"
+                raise UserError(f"{what} that say what it is about; give the task's concepts, one for each edit")
+        return tuple(Concept(edit.info.triggers[0], edit.info.triggers[1:]) for edit in self.edits)
 
 
 Task = EraseTask | CustomizeTask | MergeTask
