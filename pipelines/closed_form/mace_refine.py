@@ -108,8 +108,8 @@ class MACERefine(Method):
 
     Deviations
         The weight of the prior counts once. The official code applies it twice when there are at most 1000 concepts, and with
-        more of them its batches leave some out. The official values of the tokens in common are those of the anchor's
-        prompt too, by matching tokens from both ends, as here, but BOS, the same row in every prompt, is left where it is.
+        more of them its batches leave some out. Tokens are matched from both ends as in the official code, but BOS, the same
+        row in every prompt, is not among them.
         Captions that name the concept are left out of the prior. A concept without an anchor goes to the empty prompt, or to
         the template without it; the paper always names one. Synonyms and preserved prompts are ours. Solved in float64 with
         one factorisation for all layers, where the official code inverts once for each in float32.
