@@ -6,7 +6,7 @@ write them as columns. A layer's weight W0 is [o, d] as in torch.nn.Linear. Ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +46,23 @@ class Change:
     def compressed(self, tolerance: float = 1e-12) -> Change:
         """The same D without the directions that are below `tolerance` of its largest singular value.
 
-        U and V come back with orthogonal columns and rows of equal scale, so that rounding them to float32 costs D no
-        more than rounding D itself would.
+        U and V come back `balanced`.
         """
-        left, core_left = torch.linalg.qr(self.u)
-        right, core_right = torch.linalg.qr(self.v.T)
-        a, sigma, b = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
-        kept = sigma > tolerance * sigma.max()
-        root = sigma[kept].sqrt()
-        return Change(left @ a[:, kept] * root, root[:, None] * (b[kept] @ right.T))
+        return Change(*balanced(self.u, self.v, tolerance))
+
+
+def balanced(u: Tensor, v: Tensor, tolerance: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """Other factors of U V, without the directions that are below `tolerance` of its largest singular value.
+
+    u: [m, r]. v: [r, n]. The factors come back with orthogonal columns and rows of equal scale, so that rounding them to
+    float32 costs their product no more than rounding the product itself would.
+    """
+    left, core_left = torch.linalg.qr(u)
+    right, core_right = torch.linalg.qr(v.T)
+    a, sigma, b = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
+    kept = sigma > tolerance * sigma.max()
+    root = sigma[kept].sqrt()
+    return left @ a[:, kept] * root, root[:, None] * (b[kept] @ right.T)
 
 
 def closed_form(
@@ -123,6 +131,39 @@ def preimage(weights: Iterable[Tensor], originals: Iterable[Tensor], rows: Tenso
     return _solve(_ridge(system, reg), right, f"raise reg (now {reg:g})").T
 
 
+def shares(moments: Sequence[Tensor], keep: Tensor, lamb: float) -> list[Tensor]:
+    """What of each of several changes dW_k belongs into their fusion W + sum_k dW_k R_k: R_k [d, d] that minimise
+
+        sum_k ||(W' - W - dW_k) C_k||_F^2 + tr((W' - W) M (W' - W)^T) + lamb ||W' - W||_F^2
+
+    for every weight W and its changes at once, R_k = S_k (lamb I + M + sum_k S_k)^{-1} with S_k = C_k C_k^T.
+
+    moments S_k: [d, d], of the rows on which the k-th change should hold. keep M: [d, d], of rows to keep. Both float64.
+    """
+    if not 0 <= lamb < float("inf"):
+        raise UserError(f"lamb is {lamb}, needs a number of at least 0; give such a weight")
+    system = _ridge(torch.stack([keep, *moments]).sum(0), lamb)
+    solved = _solve(system, torch.cat(list(moments), 1), f"raise lamb (now {lamb:g})")
+    return [part.T for part in solved.split(len(keep), 1)]
+
+
+def exact(rows: Tensor, keep: Tensor, lamb: float, tolerance: float) -> Tensor:
+    """R [m, d] such that W' = W + V R gives V [o, m] more than W at the rows, (W' - W) c_i = v_i, and changes as little else as
+    it can: of all such W' it has the least tr((W' - W) (M + lamb I) (W' - W)^T). R = (C A^{-1} C^T)^{-1} C A^{-1}, A = M + lamb I.
+
+    rows C: [m, d]. keep M: [d, d] float64, of rows to keep. tolerance: directions of the rows, measured in A^{-1}, that are
+    smaller than this part of the largest are taken for rounding, so that rows given twice count once; at those V is met as
+    nearly as can be. Source: Custom Diffusion (arXiv 2212.04488), its closed-form merge.
+    """
+    if not 0 <= lamb < float("inf"):
+        raise UserError(f"lamb is {lamb}, needs a number of at least 0; give such a weight")
+    if not 0 < tolerance < 1:
+        raise UserError(f"tolerance is {tolerance}, needs a number between 0 and 1; give such a part")
+    factor = _cholesky(_ridge(keep.clone(), lamb), f"raise lamb (now {lamb:g})")
+    whitened = torch.linalg.solve_triangular(factor, rows.double().T, upper=False)  # L^{-1} C^T with A = L L^T
+    return torch.linalg.solve_triangular(factor.T, torch.linalg.pinv(whitened.T, rtol=tolerance), upper=True).T
+
+
 def joint_weight(weights: Iterable[Tensor]) -> Tensor:
     """One H [d, d] that stands for all layers in a least-squares problem: H^T H = sum_l W_l^T W_l.
 
@@ -153,6 +194,11 @@ def _ridge(system: Tensor, lamb: float) -> Tensor:
 
 def _solve(system: Tensor, right: Tensor, cure: str) -> Tensor:
     """system^{-1} right for a symmetric positive definite system; a singular one is a UserError that says `cure`."""
+    return torch.cholesky_solve(right, _cholesky(system, cure))
+
+
+def _cholesky(system: Tensor, cure: str) -> Tensor:
+    """The lower factor of a symmetric positive definite system; a singular one is a UserError that says `cure`."""
     if not system.isfinite().all():
         raise UserError("the text embeddings or weights are not finite numbers; load the model in float32")
     factor, failed = torch.linalg.cholesky_ex(system)
@@ -163,4 +209,4 @@ def _solve(system: Tensor, right: Tensor, cure: str) -> Tensor:
         condition = float(values[-1] / values[0]) if values[0] > 0 else float("inf")
         if failed or condition > _SINGULAR:
             raise UserError(f"the closed-form system is singular (condition number {condition:.1e}); {cure}")
-    return torch.cholesky_solve(right, factor)
+    return factor

@@ -57,7 +57,7 @@ class RECE(Method):
         float64.
     """
 
-    rows: RowChoice = option("all", "token rows that UCE moves first: last_subject, tail_aligned or all")
+    rows: RowChoice = option("all", "token rows that UCE moves first: last_subject, tail_aligned, matched or all")
     derive_rows: RowChoice = option("all", "token rows that each epoch derives embeddings from and moves")
     nothing: Nothing = option("empty_prompt", "where a concept without an anchor goes: empty_prompt, or the template without it")
     epochs: int = option(1, "times that embeddings are derived and moved")

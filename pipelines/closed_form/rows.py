@@ -1,7 +1,7 @@
 """Which token rows of the encoded prompts a closed-form edit moves, where it moves them, and which it keeps.
 
 A concept is put into prompt templates; a prompt's hidden state has one row per token. The rows of a concept prompt
-move to rows of its anchor prompt (the same template around the anchor), paired by one of three choices:
+move to rows of its anchor prompt (the same template around the anchor), paired by one of four choices:
 
 last_subject  the concept's last token -> the anchor's last token: one row per prompt (UCE's current code).
 tail_aligned  from the concept's last token to the end of the prompt, padding included -> the same from the anchor's
@@ -10,6 +10,8 @@ all           every row but BOS. Rows before the concept stay where they are: a 
               without having seen it (under one that is not, they move to the anchor's at the same positions). The
               concept's rows move to the anchor's one by one when the two have as many tokens, else all to the anchor's
               last. Rows after it are aligned from the first row after the anchor's.
+matched       the rows of the tokens that both prompts begin with and end with, and as much padding as both have: what
+              stands around the concept forgets it, the concept's own rows stay (MACE).
 
 BOS is never moved: it is the same row in every prompt, so moving it would move every prompt. What has one row for the whole
 prompt, a pooled encoding, moves as a whole. A model whose layers read several encodings has rows of each.
@@ -29,17 +31,18 @@ import torch
 from torch import Tensor
 
 from toolkit.arch.base import Segment, Text
-from toolkit.concepts import EraseTask, Task
+from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
 
-RowChoice = Literal["last_subject", "tail_aligned", "all"]
+RowChoice = Literal["last_subject", "tail_aligned", "all", "matched"]
 KeepChoice = Literal["all", "to_eot", "last_subject"]
 Nothing = Literal["empty_prompt", "template"]
+Templates = Mapping[Literal["object", "style"], Sequence[str]]
 
-_BATCH = 64  # prompts per call of the text encoder
+BATCH = 64  # prompts per call of the text encoder
 
 
 @dataclass(frozen=True)
@@ -104,22 +107,23 @@ class TaskRows:
         return torch.cat([self.empty, self.preserved(choice)])
 
 
-def encode_task(arch: Architecture, task: Task, nothing: Nothing) -> dict[str, TaskRows]:
+def encode_task(arch: Architecture, task: Task, nothing: Nothing, own: Templates | None = None) -> dict[str, TaskRows]:
     """Encode every prompt of an erase task once. Returns stream -> its rows, see `Architecture.text_streams`.
 
-    nothing: where concepts without an anchor go.
+    nothing: where concepts without an anchor go. own: the method's templates for each kind of concept, which take the place of
+    the concepts' own; a task that has templates has the last word.
     """
-    if not isinstance(task, EraseTask):
-        raise UserError(f"given a {type(task).__name__}, needs an EraseTask; closed-form edits erase concepts")
-    _check(task)
-    jobs = list(_jobs(task, nothing))
-    templates = dict.fromkeys(template for concept in task.concepts for template in task.templates or concept.templates)
-    kept = [(template, word) for word in task.preserve for template in templates]
+    task = erase_task(task)
+    templates = [task.templates or (own[concept.kind] if own else concept.templates) for concept in task.concepts]
+    _check(task, templates)
+    jobs = list(_jobs(task, templates, nothing))
+    distinct = dict.fromkeys(template for each in templates for template in each)
+    kept = [(template, word) for word in task.preserve for template in distinct]
     prompts = ["", *(_fill(*job) for job in kept)]
     for template, word, anchor_template, anchor in jobs:
         prompts += [_fill(template, word), _fill(anchor_template, anchor), *_around(template), *_around(anchor_template)]
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    text = _encode(arch, list(index))
+    text = encode(arch, list(index))
     streams = {}
     for name, stream in arch.text_streams().items():
         encodings = [_Encoding(segment, index) for segment in stream.segments(text)]
@@ -131,24 +135,43 @@ def encode_task(arch: Architecture, task: Task, nothing: Nothing) -> dict[str, T
     return streams
 
 
-def _check(task: EraseTask) -> None:
+def erase_task(task: Task) -> EraseTask:
+    """The task, which must be one to erase."""
+    if not isinstance(task, EraseTask):
+        raise UserError(f"given a {type(task).__name__}, needs an EraseTask; closed-form edits erase concepts")
+    return task
+
+
+def encode_concept(arch: Architecture, concept: Concept, templates: Sequence[str]) -> dict[str, tuple[Placed, ...]]:
+    """Encode a concept's prompts: every template around every word. Returns stream -> the prompts, for every segment."""
+    jobs = [(template, word) for template in templates for word in concept.words]
+    prompts = [part for template, word in jobs for part in (_fill(template, word), *_around(template))]
+    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    text = encode(arch, list(index))
+    return {
+        name: tuple(_Encoding(segment, index).place(*job) for segment in stream.segments(text) for job in jobs)
+        for name, stream in arch.text_streams().items()
+    }
+
+
+def _check(task: EraseTask, templates: Sequence[Sequence[str]]) -> None:
     """Refuse what would silently do nothing or contradict itself."""
     erased = {word.casefold() for concept in task.concepts for word in concept.words}
     for word in task.preserve:
         if word.casefold() in erased:
             raise UserError(f"{word!r} is both erased and preserved; remove it from one of the two")
-    for concept in task.concepts:
+    for concept, own in zip(task.concepts, templates, strict=True):
         if concept.anchor is not None and concept.anchor.casefold() in {word.casefold() for word in concept.words}:
             raise UserError(f"the anchor of {concept.name!r} is {concept.anchor!r} itself; name something else to turn it into")
-        for template in task.templates or concept.templates:
+        for template in own:
             if template.count("{}") != 1:
                 raise UserError(f"template {template!r} has {template.count('{}')} places for the concept, needs one; write {{}} once")
 
 
-def _jobs(task: EraseTask, nothing: Nothing) -> Iterator[tuple[str, str, str, str]]:
+def _jobs(task: EraseTask, templates: Sequence[Sequence[str]], nothing: Nothing) -> Iterator[tuple[str, str, str, str]]:
     """(template, word, anchor's template, anchor's word) of every pair of prompts."""
-    for concept in task.concepts:
-        for template in task.templates or concept.templates:
+    for concept, own in zip(task.concepts, templates, strict=True):
+        for template in own:
             for word in concept.words:
                 empty = not (concept.anchor or "").strip()
                 yield template, word, "{}" if empty and nothing == "empty_prompt" else template, concept.anchor or ""
@@ -165,10 +188,15 @@ def _around(template: str) -> tuple[str, str]:
     return before.strip(), after.strip()
 
 
-def _encode(arch: Architecture, prompts: Sequence[str]) -> Text:
-    """The prompts, encoded in batches."""
-    text = Text.cat([arch.encode(prompts[first : first + _BATCH]) for first in range(0, len(prompts), _BATCH)])
-    return text.to("cpu") if arch.device.type == "mps" else text  # Metal has no float64
+def encode(arch: Architecture, prompts: Sequence[str]) -> Text:
+    """The prompts, encoded in batches, where float64 can be computed."""
+    text = Text.cat([arch.encode(prompts[first : first + BATCH]) for first in range(0, len(prompts), BATCH)])
+    return text.to(exact_device(arch))
+
+
+def exact_device(arch: Architecture) -> torch.device:
+    """Where what the text encoder gives is computed with in float64: where it is, but Metal has no float64."""
+    return torch.device("cpu") if arch.device.type == "mps" else arch.device
 
 
 @dataclass(frozen=True)
@@ -208,6 +236,8 @@ def _kept(prompt: Placed, choice: KeepChoice) -> Tensor:
 
 def _pair(concept: Placed, anchor: Placed, choice: RowChoice) -> tuple[Tensor, Tensor]:
     """One prompt's rows to move and where they go, both [n, d]."""
+    if choice == "matched":
+        return _matched(concept, anchor)
     last, towards = concept.end - 1, max(anchor.end - 1, 0)
     if choice == "last_subject":
         return concept.hidden[last : last + 1], anchor.hidden[towards : towards + 1]
@@ -223,3 +253,23 @@ def _pair(concept: Placed, anchor: Placed, choice: RowChoice) -> tuple[Tensor, T
     # The last padding rows repeat when the anchor is the longer one, so that no row is left without a target.
     after = torch.arange(anchor.end, anchor.end + length - concept.end).clamp(max=length - 1)
     return concept.hidden[concept.leading :], torch.cat([before, anchor.hidden[torch.cat([subject, after])]])
+
+
+def _matched(concept: Placed, anchor: Placed) -> tuple[Tensor, Tensor]:
+    """The rows of the tokens that two prompts share at their beginning and at their end, and padding, both [n, d]."""
+    if concept.ids is None or anchor.ids is None:
+        return concept.hidden, anchor.hidden
+    own, other = len(concept.ids), len(anchor.ids)
+    first = _common(concept.ids, anchor.ids)
+    last = _common(concept.ids[first:][::-1], anchor.ids[first:][::-1])
+    padding = len(concept.hidden) - max(own, other)
+
+    def rows(prompt: Placed, length: int) -> Tensor:
+        return torch.cat([prompt.hidden[prompt.leading : first], prompt.hidden[length - last : length + padding]])
+
+    return rows(concept, own), rows(anchor, other)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from the start."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -68,7 +68,7 @@ class SPEED(Method):
         each layer, and a smaller edit. Solved in float64.
     """
 
-    rows: RowChoice = option("all", "token rows that are moved: last_subject, tail_aligned or all")
+    rows: RowChoice = option("all", "token rows that are moved: last_subject, tail_aligned, matched or all")
     nothing: Nothing = option("empty_prompt", "where a concept without an anchor goes: empty_prompt, or the template without it")
     layers: Literal["values", "keys_and_values"] = option("values", "layers that are changed: values, or keys_and_values")
     preserve_rows: KeepChoice = option("all", "retained rows of preserved prompts: all, to_eot (without padding) or last_subject")

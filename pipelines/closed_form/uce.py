@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines.closed_form.edit import as_edit
-from pipelines.closed_form.rows import KeepChoice, Nothing, RowChoice, encode_task
+from pipelines.closed_form.prior import PRIOR_HELP, ROWS, ROWS_HELP, SCALE, SCALE_HELP, PriorRows, caption_prior
+from pipelines.closed_form.rows import KeepChoice, Nothing, RowChoice, encode_task, erase_task
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.method import Method, Score, option
 from toolkit.solve import closed_form
@@ -44,14 +45,18 @@ class UCE(Method):
         here the task's templates, always. The subject token is located inside the template, where the official code
         takes the last token of the prompt. The rows of the empty prompt are always kept, as in the code at the time of
         the paper (the current one does not keep them). Preserved prompts keep all their rows, or with preserve_rows
-        last_subject one, as there.
+        last_subject one, as there. With `prior` the rows of captions are kept too, each with weight prior_scale, as MACE
+        and TRCE do; see prior.py.
     """
 
-    rows: RowChoice = option("all", "token rows that are moved: last_subject, tail_aligned or all")
+    rows: RowChoice = option("all", "token rows that are moved: last_subject, tail_aligned, matched or all")
     nothing: Nothing = option("empty_prompt", "where a concept without an anchor goes: empty_prompt, or the template without it")
     erase_scale: float = option(1.0, "weight of each moved row")
     preserve_scale: float = option(0.1, "weight of each kept row")
     preserve_rows: KeepChoice = option("all", "rows of preserved prompts that are kept: all, to_eot (without padding) or last_subject")
+    prior: str = option("", PRIOR_HELP)
+    prior_rows: PriorRows = option(ROWS, ROWS_HELP)
+    prior_scale: float = option(SCALE, SCALE_HELP)
     lamb: float = option(0.5, "weight of staying close to the given weights")
 
     kind: ClassVar = "erase"
@@ -61,6 +66,8 @@ class UCE(Method):
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once. There is nothing to choose among, so `score` is not called."""
+        task = erase_task(task)
+        prior = caption_prior(model.arch, self.prior, self.prior_rows, self.prior_scale, task.concepts)
         changes = {
             stream: closed_form(
                 *text.moved(self.rows),
@@ -68,10 +75,11 @@ class UCE(Method):
                 erase_scale=self.erase_scale,
                 preserve_scale=self.preserve_scale,
                 lamb=self.lamb,
+                prior=prior.moments.get(stream),
             )
             for stream, text in encode_task(model.arch, task, self.nothing).items()
         }
-        return as_edit(model, self, changes)
+        return as_edit(model, self, changes, prior.notes)
 
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:

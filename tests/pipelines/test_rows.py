@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.closed_form.rows import Nothing, RowChoice, TaskRows, encode_task
+from pipelines.closed_form.rows import Nothing, RowChoice, TaskRows, encode_concept, encode_task
 from toolkit.arch.base import Segment, Stream, Text
 from toolkit.concepts import Concept, CustomizeTask, EraseTask, Subject
 from toolkit.errors import UserError
@@ -208,3 +208,55 @@ def test_nothing_in_an_encoder_without_bos_is_its_first_row() -> None:
     second = arch.text_streams()["hidden"].segments(arch.encode(["a cat", ""]))[1]
     source, target = streams["hidden"].moved("last_subject")
     assert torch.equal(source[1], second.rows[0, 1]) and torch.equal(target[1], second.rows[1, 0])
+
+
+@pytest.mark.parametrize(
+    ("anchor", "moved", "to"),
+    [
+        ("dog", [1, *range(4, 12)], [1, *range(3, 11)]),  # a | on grass EOT pads; one row of padding has no partner
+        ("blue big dog", [1, *range(4, 11)], [1, *range(5, 12)]),
+        ("red dog", [1, 2, *range(4, 12)], [1, 2, *range(4, 12)]),  # the token that both have in common moves too
+        ("big cat", [1, 3, *range(4, 12)], [1, 3, *range(4, 12)]),
+    ],
+)
+def test_matched_rows_are_those_of_the_tokens_in_common_and_the_padding(anchor, moved, to):
+    arch = Words()
+    source, target = rows(arch, Concept("red cat", anchor=anchor), templates=("a {} on grass",)).moved("matched")
+    assert torch.equal(source, hidden(arch, "a red cat on grass")[moved])
+    assert torch.equal(target, hidden(arch, f"a {anchor} on grass")[to])
+
+
+def test_matched_rows_towards_the_empty_prompt_are_eot_and_the_padding():
+    arch = Words()
+    source, target = rows(arch, Concept("red cat"), templates=("a {}",)).moved("matched")
+    assert torch.equal(source, hidden(arch, "a red cat")[4:])
+    assert torch.equal(target, hidden(arch, "")[1:9])
+
+
+def test_matched_rows_of_a_pooled_encoding_are_the_encoding():
+    arch = TwoEncoders()
+    streams = encode_task(arch, EraseTask((Concept("cat", anchor="dog"),), (), ("a {}",)), "empty_prompt")  # type: ignore[arg-type]
+    text = arch.encode(["a cat", "a dog"])
+    source, target = streams["pooled"].moved("matched")
+    assert torch.equal(source, text.hidden[:1, -1]) and torch.equal(target, text.hidden[1:, -1])
+    assert len(streams["hidden"].moved("matched")[0]) == (1 + 9) + (1 + 10)  # the second encoder has no BOS and one row more of padding
+
+
+def test_a_methods_templates_take_the_place_of_the_concepts_own_but_not_of_the_tasks():
+    arch, own = Words(), {"object": ("my {}",), "style": ("my {} art", "so {}")}
+    concepts = Concept("cat", anchor="dog"), Concept("monet", anchor="manet", kind="style")
+    given = encode_task(arch, EraseTask(concepts), "empty_prompt", own)["hidden"].moved("last_subject")[0]  # type: ignore[arg-type]
+    wanted = [hidden(arch, "my cat")[2], hidden(arch, "my monet art")[2], hidden(arch, "so monet")[2]]
+    assert torch.equal(given, torch.stack(wanted))
+    given = encode_task(arch, EraseTask(concepts, (), ("the {}",)), "empty_prompt", own)["hidden"].moved("last_subject")[0]  # type: ignore[arg-type]
+    assert torch.equal(given, torch.stack([hidden(arch, "the cat")[2], hidden(arch, "the monet")[2]]))
+
+
+def test_the_prompts_of_one_concept_for_every_template_word_and_encoder():
+    arch = TwoEncoders()
+    placed = encode_concept(arch, Concept("red cat", ("kitten",)), ("a {}", "{} here"))  # type: ignore[arg-type]
+    prompts = ["a red cat", "a kitten", "red cat here", "kitten here"]
+    assert torch.equal(torch.stack([each.hidden for each in placed["hidden"][:4]]), arch.encode(prompts).hidden)
+    assert [(each.start, each.end, len(each.ids or ())) for each in placed["hidden"][:4]] == [(2, 4, 5), (2, 3, 4), (1, 3, 5), (1, 2, 4)]
+    assert [(each.start, each.end, len(each.ids or ())) for each in placed["hidden"][4:6]] == [(1, 3, 4), (1, 2, 3)]
+    assert len(placed["hidden"]) == 8 and [each.ids for each in placed["pooled"]] == [None] * 4

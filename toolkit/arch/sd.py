@@ -95,7 +95,7 @@ class SD(Encoders):
         return self.denoiser_linears("attn2.to_k", "attn2.to_v")
 
     def value_linears(self) -> dict[str, nn.Linear]:
-        return self._denoiser_linears("attn2.to_v")
+        return self.denoiser_linears("attn2.to_v")
 
     def lora_targets(self) -> dict[str, nn.Linear]:
         return self.denoiser_linears(*(f"{attention}.{linear}" for attention in ("attn1", "attn2") for linear in LORA_PROJECTIONS))
