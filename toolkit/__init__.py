@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from toolkit.concepts import Concept, CustomizeTask, EraseTask, MergeTask, Subject
+    from toolkit.concepts import Concept, CustomizeTask, DebiasTask, EraseTask, MergeTask, Subject
     from toolkit.io.export import export
     from toolkit.io.files import load_edit, save_edit
     from toolkit.model import Model, load_model
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Concept": "toolkit.concepts",
     "CustomizeTask": "toolkit.concepts",
+    "DebiasTask": "toolkit.concepts",
     "EraseTask": "toolkit.concepts",
     "MergeTask": "toolkit.concepts",
     "Subject": "toolkit.concepts",
@@ -32,6 +33,7 @@ _WHERE = {
 __all__ = [
     "Concept",
     "CustomizeTask",
+    "DebiasTask",
     "EraseTask",
     "MergeTask",
     "Model",

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Literal
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from toolkit.edits.base import Edit
+    from toolkit.model import Model
 
 OBJECT_TEMPLATES = ("{}", "a {}", "a photo of a {}", "a {} on a plain background", "a picture of a {}")
 STYLE_TEMPLATES = ("{}", "{} style", "in {} style", "a picture in {} style", "an object in {} style")
@@ -108,9 +111,57 @@ class CustomizeTask:
 
 @dataclass(frozen=True)
 class MergeTask:
-    """Make one edit out of several."""
+    """Make one edit out of several.
+
+    edits: what to merge. concepts: what each of them is about, one per edit, or empty: the new words that it brings.
+    """
 
     edits: tuple[Edit, ...]
+    concepts: tuple[Concept, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.concepts and len(self.concepts) != len(self.edits):
+            raise UserError(f"{len(self.concepts)} concepts for {len(self.edits)} edits; give one for each edit, or none")
+
+    @property
+    def about(self) -> tuple[Concept, ...]:
+        """What each edit is about. An edit without new words of its own needs `concepts`; none given is a UserError."""
+        if self.concepts:
+            return self.concepts
+        for edit in self.edits:
+            if not edit.info.triggers:
+                what = f"{edit.info.method or edit.kind()} edit brings no new words"
+                raise UserError(f"{what} that say what it is about; give the task's concepts, one for each edit")
+        return tuple(Concept(edit.info.triggers[0], edit.info.triggers[1:]) for edit in self.edits)
 
 
-Task = EraseTask | CustomizeTask | MergeTask
+@dataclass(frozen=True)
+class DebiasTask:
+    """Make a model draw each of `concepts` with these attributes in wanted parts, e.g. "doctor" with "woman" and "man".
+
+    classify: draws images of a concept with a model, by its words alone, and returns which part of them shows each attribute, in
+    the order of `attributes`; given the same model it should draw the same noise. It is a part of the task, and not the `score`
+    of `Method.fit`, because one number for a model does not say which attribute is too rare for which concept, and because without
+    it there is nothing to do. ratios: the wanted parts, which add up to 1; empty means equal ones. preserve and templates: as in
+    `EraseTask`.
+    """
+
+    concepts: tuple[Concept, ...]
+    attributes: tuple[str, ...]
+    classify: Callable[[Model, Concept], Sequence[float]]
+    ratios: tuple[float, ...] = ()
+    preserve: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.concepts:
+            raise UserError("no concept given; name at least one to balance")
+        if len(set(self.attributes)) < 2 or len(set(self.attributes)) < len(self.attributes):
+            raise UserError(f"attributes are {', '.join(self.attributes) or 'none'}, needs two or more different ones; name them")
+        if self.ratios and len(self.ratios) != len(self.attributes):
+            raise UserError(f"{len(self.ratios)} ratios for {len(self.attributes)} attributes; give one for each, or none")
+        if self.ratios and (min(self.ratios) < 0 or abs(sum(self.ratios) - 1) > 1e-6):
+            raise UserError(f"ratios are {', '.join(map(str, self.ratios))}, need parts that add up to 1; give such ratios")
+
+
+Task = EraseTask | CustomizeTask | MergeTask | DebiasTask

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +43,24 @@ def fingerprint(arch: Architecture, read: Callable[[str], Tensor] | None = None)
         "weights": weights.hexdigest(),
         "signs": signs.hexdigest(),
     }
+
+
+def text_fingerprint(arch: Architecture) -> str:
+    """What decides how prompts are encoded, with the edits that are attached now: every value of the text encoders' parameters,
+    their configurations and their tokenizers.
+
+    It reads all weights, unlike `fingerprint`: a sparse edit may change few values.
+    """
+    digest = hashlib.blake2b(arch.name.encode(), digest_size=16)
+    for name, tokenizer in sorted(arch.tokenizers().items()):
+        encoder: Any = arch.components()[name]
+        # How the last call padded and truncated is no part of what the tokenizer is.
+        spelling = {**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
+        digest.update(json.dumps([name, encoder.config.to_json_string(), spelling]).encode())
+        for path, parameter in encoder.named_parameters():
+            digest.update(f"{path} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def same_base(one: Mapping[str, str], other: Mapping[str, str]) -> bool:

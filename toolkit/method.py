@@ -28,7 +28,7 @@ class Method(Configured, ABC):
     Deviations.
     """
 
-    kind: ClassVar[Literal["erase", "customize", "merge"]]
+    kind: ClassVar[Literal["erase", "customize", "merge", "debias"]]
     architectures: ClassVar[tuple[str, ...]]
     paper: ClassVar[str]
     training_free: ClassVar[bool]

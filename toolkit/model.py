@@ -59,8 +59,8 @@ class Model:
 
     @property
     def guidance(self) -> float:
-        """The classifier-free guidance scale when none is given: 2 for the embedded model, which larger ones spoil, else 5."""
-        return 2.0 if self.source == "emoji-sd" else 5.0
+        """The guidance scale when none is given: 2 for the embedded model, which larger ones spoil, else its family's."""
+        return 2.0 if self.source == "emoji-sd" else self.arch.default_guidance
 
     # --- edits --------------------------------------------------------------------------------------------------
     @property

@@ -96,29 +96,29 @@ class _Trainable(TokenEdit):
 
     def enter(self, model: Model) -> dict[str, tuple[Any, nn.Module]]:
         state = super().enter(model)
-        for component, (_, old) in state.items():
-            model.arch.set_token_embedding(component, ExtendedEmbedding(old, self.parameters[component]))
+        for component, (tokenizer, old) in state.items():
+            model.arch.set_token_embedding(component, ExtendedEmbedding(old, self.parameters[component], len(tokenizer)))
         return state
 
 
 class ExtendedEmbedding(nn.Module):
-    """An embedding [n, d] followed by trainable rows: ids below n are looked up in the one, the rest in the others."""
+    """An embedding with trainable rows for new words: ids below `words` are looked up in the one, the rest in the others."""
 
-    def __init__(self, frozen: nn.Module, rows: nn.Module) -> None:
+    def __init__(self, frozen: nn.Module, rows: nn.Module, words: int) -> None:
         super().__init__()
-        self.frozen, self.rows = frozen, rows
+        self.frozen, self.rows, self.words = frozen, rows, words
 
     @property
     def weight(self) -> Tensor:
         """The whole table, for whoever reads it."""
         table: Any = self.frozen.weight
-        return torch.cat([table, *(row.to(table.dtype) for row in self.rows.parameters())])
+        new = torch.cat(list(self.rows.parameters())).to(table.dtype)
+        return torch.cat([table[: self.words], new, table[self.words + len(new) :]])
 
     def forward(self, ids: Tensor) -> Tensor:
-        count = len(self.frozen.weight)  # pyright: ignore[reportArgumentType]
-        old = self.frozen(ids.clamp(max=count - 1))
-        new = F.embedding((ids - count).clamp(min=0), torch.cat(list(self.rows.parameters())).to(old.dtype))
-        return torch.where((ids >= count).unsqueeze(-1), new, old)
+        old = self.frozen(ids.clamp(max=self.words - 1))
+        new = F.embedding((ids - self.words).clamp(min=0), torch.cat(list(self.rows.parameters())).to(old.dtype))
+        return torch.where((ids >= self.words).unsqueeze(-1), new, old)
 
 
 def initial_rows(embedding: nn.Embedding, tokenizer: Any, init: str | Tensor | None, count: int, generator: torch.Generator) -> Tensor:

@@ -52,6 +52,17 @@ def check_writable(folder: str | Path) -> Path:
     return folder
 
 
+def cache_folder() -> Path | None:
+    """Where to keep what can be computed again, or None when PALIMPSEST_CACHE is "off".
+
+    PALIMPSEST_CACHE, else palimpsest in XDG_CACHE_HOME, else in ~/.cache. It need not exist.
+    """
+    given = os.environ.get("PALIMPSEST_CACHE")
+    if given == "off":
+        return None
+    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "palimpsest")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file name beside `path` to write to; at the end of the block it takes the place of `path`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +30,9 @@ class State:
     """One batch of n images while it is sampled. Hooks read it and may replace any of its fields.
 
     texts: condition -> encoded prompts (n rows each): "prompt", "negative" under guidance, and what hooks add; all are
-    predicted in one call, in this order. guidance [n, 1, 1, 1]: classifier-free guidance scale. latents [n, c, h', w']
-    float32; t: the timestep; step: its index, out of steps. outputs: condition -> denoiser output; output: the guided one.
+    predicted in one call, in this order. guidance [n, 1, 1, 1]: classifier-free guidance scale, or the one that a distilled
+    denoiser reads. latents [n, c, h', w'] float32; t: the timestep; step: its index, out of steps. outputs: condition ->
+    denoiser output; output: the guided one.
     """
 
     model: Model
@@ -69,7 +70,9 @@ class Hook:
     def on_attention(self, state: State, site: str, attention: nn.Module, output: Tensor) -> Tensor | None:
         """After an attention module of `arch.attention_sites()`, with its output [conditions * n, tokens, d].
 
-        Returns what replaces the output, or None. Called only for hooks that override it.
+        Where a module has an output for the image and one for the text, it is the image's, and the text's stays; where one
+        holds both, the text's tokens come first. Returns what replaces the output, or None. Called only for hooks that
+        override it.
         """
 
     def on_prediction(self, state: State) -> None:
@@ -97,6 +100,7 @@ def sample(
     """Images [n, 3, h, w] in [0, 1], float32 on the CPU: one for each prompt with its seed.
 
     guidance: classifier-free guidance scale, None is the model's own; 1 skips the second prediction and ignores `negative`.
+    A denoiser that is distilled reads the scale itself: no second prediction, and a negative prompt is a UserError.
     batch_size: images at once; None is 64, and fewer above 128 pixels. size: pixels, a side or (height, width); None is the
     model's own. progress: called with (image steps done, in total) after every step. amp: bfloat16 autocast around the
     denoiser and the decoder.
@@ -105,9 +109,14 @@ def sample(
         raise UserError(f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt")
     arch = model.arch
     height, width = (size, size) if isinstance(size, int) else size or (arch.image_size, arch.image_size)
+    if not prompts:
+        return torch.zeros(0, 3, height, width)
     batch_size = batch_size or max(1, min(64, 2**20 // (height * width)))
     guidance = model.guidance if guidance is None else guidance
-    guided = guidance != 1.0
+    if arch.distilled_guidance and negative:
+        raise UserError(f"negative prompt {negative!r} for {arch.name}, which is guided without a second prediction; leave it out")
+    guided = guidance != 1.0 and not arch.distilled_guidance
+    shape = arch.latent_shape(height, width)
     rows, text = _encode_once(model, prompts, batch_size)
     opposite = arch.encode_negative([negative]) if guided else None
     parts = []
@@ -117,14 +126,14 @@ def sample(
         texts = {"prompt": text[rows[part]]}
         if opposite is not None:
             texts["negative"] = opposite[torch.zeros(count, dtype=torch.long)]
-        scheduler = arch.scheduler(steps)  # multistep schedulers keep a history, so each batch has its own
+        scheduler = arch.scheduler(steps, shape)  # multistep schedulers keep a history, so each batch has its own
         state = State(
             model=model,
             prompts=prompts[part],
             seeds=seeds[part],
             texts=texts,
             guidance=torch.full((count, 1, 1, 1), float(guidance), device=arch.device),
-            latents=noise(prompts[part], seeds[part], arch.latent_shape(height, width)).to(arch.device) * scheduler.init_noise_sigma,
+            latents=noise(prompts[part], seeds[part], shape).to(arch.device),
             steps=steps,
         )
         for hook in hooks:
@@ -138,7 +147,7 @@ def sample(
         with _autocast(state, amp):
             pixels = arch.decode_latents(state.latents)
         parts.append((pixels.float() / 2 + 0.5).clamp(0, 1).cpu())
-    return torch.cat(parts) if parts else torch.zeros(0, 3, height, width)
+    return torch.cat(parts)
 
 
 def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
@@ -161,7 +170,7 @@ def _encode_once(model: Model, prompts: Sequence[str], batch_size: int) -> tuple
 
 def _advance(state: State, scheduler: Any, hooks: Sequence[Hook], amp: bool) -> None:
     """One step: predict every condition, guide, let the scheduler step."""
-    state.outputs = _predict(state, scheduler, amp)
+    state.outputs = _predict(state, amp)
     state.output = state.outputs["prompt"]
     if "negative" in state.outputs:
         negative = state.outputs["negative"]
@@ -173,12 +182,14 @@ def _advance(state: State, scheduler: Any, hooks: Sequence[Hook], amp: bool) -> 
         hook.on_step(state)
 
 
-def _predict(state: State, scheduler: Any, amp: bool) -> dict[str, Tensor]:
+def _predict(state: State, amp: bool) -> dict[str, Tensor]:
     """The denoiser's output for every condition, in one batched call."""
     arch, count = state.model.arch, len(state.texts)
-    latents = scheduler.scale_model_input(state.latents, state.t).repeat(count, 1, 1, 1)
+    text = Text.cat(list(state.texts.values()))
+    if arch.distilled_guidance:
+        text = replace(text, guidance=state.guidance.flatten().repeat(count))
     with _autocast(state, amp):
-        output = arch.predict(latents, state.timesteps.repeat(count), Text.cat(list(state.texts.values())))
+        output = arch.predict(state.latents.repeat(count, 1, 1, 1), state.timesteps.repeat(count), text)
     return dict(zip(state.texts, output.to(state.latents).chunk(count), strict=True))
 
 
@@ -195,8 +206,12 @@ def _attention_hooks(state: State, hooks: Sequence[Hook]) -> Iterator[None]:
                 continue
             for site, module in state.model.arch.attention_sites().items():
 
-                def after(module: nn.Module, _: Any, output: Tensor, hook: Hook = hook, site: str = site) -> Tensor | None:
-                    return hook.on_attention(state, site, module, output)
+                def after(module: nn.Module, _: Any, output: Any, hook: Hook = hook, site: str = site) -> Any:
+                    if isinstance(output, Tensor):
+                        return hook.on_attention(state, site, module, output)
+                    image, *text = output
+                    replaced = hook.on_attention(state, site, module, image)
+                    return None if replaced is None else (replaced, *text)
 
                 handle = module.register_forward_hook(after)
                 registered.callback(handle.remove)

@@ -6,7 +6,7 @@ write them as columns. A layer's weight W0 is [o, d] as in torch.nn.Linear. Ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from toolkit.errors import UserError
 
 _BLOCK = 4096  # rows turned to float64 at a time
+_COLUMNS = 256  # columns of a symmetric product computed at a time
 _SINGULAR = 1e13  # condition number above which float64 leaves the solution no reliable digits
 _DOUBTFUL = 1e-9  # reciprocal condition number, by a rough bound, below which the true one is computed
 
@@ -45,15 +46,23 @@ class Change:
     def compressed(self, tolerance: float = 1e-12) -> Change:
         """The same D without the directions that are below `tolerance` of its largest singular value.
 
-        U and V come back with orthogonal columns and rows of equal scale, so that rounding them to float32 costs D no
-        more than rounding D itself would.
+        U and V come back `balanced`.
         """
-        left, core_left = torch.linalg.qr(self.u)
-        right, core_right = torch.linalg.qr(self.v.T)
-        a, sigma, b = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
-        kept = sigma > tolerance * sigma.max()
-        root = sigma[kept].sqrt()
-        return Change(left @ a[:, kept] * root, root[:, None] * (b[kept] @ right.T))
+        return Change(*balanced(self.u, self.v, tolerance))
+
+
+def balanced(u: Tensor, v: Tensor, tolerance: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """Other factors of U V, without the directions that are below `tolerance` of its largest singular value.
+
+    u: [m, r]. v: [r, n]. The factors come back with orthogonal columns and rows of equal scale, so that rounding them to
+    float32 costs their product no more than rounding the product itself would.
+    """
+    left, core_left = torch.linalg.qr(u)
+    right, core_right = torch.linalg.qr(v.T)
+    a, sigma, b = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
+    kept = sigma > tolerance * sigma.max()
+    root = sigma[kept].sqrt()
+    return left @ a[:, kept] * root, root[:, None] * (b[kept] @ right.T)
 
 
 def closed_form(
@@ -64,18 +73,21 @@ def closed_form(
     erase_scale: float = 1.0,
     preserve_scale: float = 1.0,
     lamb: float = 0.5,
+    prior: Tensor | None = None,
     option: str = "lamb",
 ) -> Change:
     """The D that minimises, for every weight W0 at once,
 
-        a sum_i ||W0 (I + D) c_i - W0 g_i||^2 + p sum_j ||W0 D k_j||^2 + lamb ||W0 D||_F^2,
+        a sum_i ||W0 (I + D) c_i - W0 g_i||^2 + p sum_j ||W0 D k_j||^2 + tr(W0 D M D^T W0^T) + lamb ||W0 D||_F^2,
 
-    which is D = [a sum_i (g_i - c_i) c_i^T] (lamb I + a sum_i c_i c_i^T + p sum_j k_j k_j^T)^{-1}, independent of W0.
-    The system is d x d, or as wide as there are rows when these are fewer than d (the push-through identity).
+    which is D = [a sum_i (g_i - c_i) c_i^T] (lamb I + M + a sum_i c_i c_i^T + p sum_j k_j k_j^T)^{-1}, independent of W0.
+    The system is d x d, or, without M, as wide as there are rows when these are fewer than d (the push-through identity).
 
     source c: [n, d]. target g: [n, d]. keep k: [m, d], m may be 0. erase_scale a > 0, preserve_scale p >= 0.
+    prior M: [d, d], the weighted second moment of more rows to keep than one wants to hold; None for none.
     option: what the user calls `lamb`, for the error that a singular system gives.
-    Returns U = (g - c)^T [d, n] and V [n, d]; their rank is at most n.
+    Returns U = (g - c)^T [d, n] and V [n, d] when n < d, else U = I and V = D [d, d]; no more than d x d is held in float64
+    for any number of rows.
     Source: UCE (arXiv 2308.14761), equation 7, with v_i = W0 g_i.
     """
     if not 0 < erase_scale < float("inf"):
@@ -84,17 +96,24 @@ def closed_form(
         if not 0 <= value < float("inf"):
             raise UserError(f"{name} is {value}, needs a number of at least 0; give such a weight")
     n, width = source.shape
-    source, target = source.double(), target.double()
     if not preserve_scale:
         keep = keep[:0]
     cure = f"raise {option} (now {lamb:g})"
-    if n + len(keep) < width:
-        rows = torch.cat([erase_scale**0.5 * source, preserve_scale**0.5 * keep.double()])
+    if prior is None and n + len(keep) < width:
+        rows = torch.cat([erase_scale**0.5 * source.double(), preserve_scale**0.5 * keep.double()])
         v = erase_scale**0.5 * _solve(_ridge(rows @ rows.T, lamb), rows, cure)[:n]
-    else:
-        system = erase_scale * _second_moment(source) + preserve_scale * _second_moment(keep)
-        v = erase_scale * _solve(_ridge(system, lamb), source.T, cure).T
-    return Change((target - source).T, v)
+        return Change((target.double() - source.double()).T, v)
+    system = erase_scale * second_moment(source) + preserve_scale * second_moment(keep)
+    if prior is not None:
+        system += prior
+    if n < width:
+        v = erase_scale * _solve(_ridge(system, lamb), source.double().T, cure).T
+        return Change((target.double() - source.double()).T, v)
+    moved = torch.zeros_like(system)  # sum_i c_i (g_i - c_i)^T
+    for rows, goals in zip(source.split(_BLOCK), target.split(_BLOCK), strict=True):
+        moved.addmm_(rows.double().T, goals.double() - rows.double())
+    v = erase_scale * _solve(_ridge(system, lamb), moved, cure).T
+    return Change(torch.eye(width, dtype=v.dtype, device=v.device), v)
 
 
 def preimage(weights: Iterable[Tensor], originals: Iterable[Tensor], rows: Tensor, reg: float) -> Tensor:
@@ -104,29 +123,67 @@ def preimage(weights: Iterable[Tensor], originals: Iterable[Tensor], rows: Tenso
 
     weights W_l, originals W0_l: [o_l, d]. rows: [n, d]. Returns [n, d], float64. Source: RECE (arXiv 2407.12383).
     """
-    width = rows.shape[1]
-    system, mixed = (torch.zeros(width, width, dtype=torch.float64, device=rows.device) for _ in range(2))
+    columns = rows.double().T
+    system, right = torch.zeros(len(columns), len(columns), dtype=columns.dtype, device=columns.device), torch.zeros_like(columns)
     for weight, original in zip(weights, originals, strict=True):
-        system += weight.double().T @ weight.double()
-        mixed += weight.double().T @ original.double()
-    return _solve(_ridge(system, reg), mixed @ rows.double().T, f"raise reg (now {reg:g})").T
+        system += second_moment(weight)
+        right += weight.double().T @ (original.double() @ columns)
+    return _solve(_ridge(system, reg), right, f"raise reg (now {reg:g})").T
+
+
+def shares(moments: Sequence[Tensor], keep: Tensor, lamb: float) -> list[Tensor]:
+    """What of each of several changes dW_k belongs into their fusion W + sum_k dW_k R_k: R_k [d, d] that minimise
+
+        sum_k ||(W' - W - dW_k) C_k||_F^2 + tr((W' - W) M (W' - W)^T) + lamb ||W' - W||_F^2
+
+    for every weight W and its changes at once, R_k = S_k (lamb I + M + sum_k S_k)^{-1} with S_k = C_k C_k^T.
+
+    moments S_k: [d, d], of the rows on which the k-th change should hold. keep M: [d, d], of rows to keep. Both float64.
+    """
+    if not 0 <= lamb < float("inf"):
+        raise UserError(f"lamb is {lamb}, needs a number of at least 0; give such a weight")
+    system = _ridge(torch.stack([keep, *moments]).sum(0), lamb)
+    solved = _solve(system, torch.cat(list(moments), 1), f"raise lamb (now {lamb:g})")
+    return [part.T for part in solved.split(len(keep), 1)]
+
+
+def exact(rows: Tensor, keep: Tensor, lamb: float, tolerance: float) -> Tensor:
+    """R [m, d] such that W' = W + V R gives V [o, m] more than W at the rows, (W' - W) c_i = v_i, and changes as little else as
+    it can: of all such W' it has the least tr((W' - W) (M + lamb I) (W' - W)^T). R = (C A^{-1} C^T)^{-1} C A^{-1}, A = M + lamb I.
+
+    rows C: [m, d]. keep M: [d, d] float64, of rows to keep. tolerance: directions of the rows, measured in A^{-1}, that are
+    smaller than this part of the largest are taken for rounding, so that rows given twice count once; at those V is met as
+    nearly as can be. Source: Custom Diffusion (arXiv 2212.04488), its closed-form merge.
+    """
+    if not 0 <= lamb < float("inf"):
+        raise UserError(f"lamb is {lamb}, needs a number of at least 0; give such a weight")
+    if not 0 < tolerance < 1:
+        raise UserError(f"tolerance is {tolerance}, needs a number between 0 and 1; give such a part")
+    factor = _cholesky(_ridge(keep.clone(), lamb), f"raise lamb (now {lamb:g})")
+    whitened = torch.linalg.solve_triangular(factor, rows.double().T, upper=False)  # L^{-1} C^T with A = L L^T
+    return torch.linalg.solve_triangular(factor.T, torch.linalg.pinv(whitened.T, rtol=tolerance), upper=True).T
 
 
 def joint_weight(weights: Iterable[Tensor]) -> Tensor:
     """One H [d, d] that stands for all layers in a least-squares problem: H^T H = sum_l W_l^T W_l.
 
     When every layer is W0_l T with the same T, sum_l ||W_l x - W0_l c||^2 = ||H T x - H c||^2.
+    Its rows are the right singular vectors of all layers stacked, times their singular values, from the smallest on.
     """
-    values, vectors = torch.linalg.eigh(sum(_second_moment(weight) for weight in weights))
+    values, vectors = torch.linalg.eigh(sum(second_moment(weight) for weight in weights))
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
-def _second_moment(rows: Tensor) -> Tensor:
-    """sum_i x_i x_i^T [d, d] in float64, without a float64 copy of all rows."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+def second_moment(rows: Tensor) -> Tensor:
+    """sum_i x_i x_i^T [d, d] in float64, without a float64 copy of all rows. Only one triangle is computed."""
+    width = rows.shape[1]
+    total = torch.zeros(width, width, dtype=torch.float64, device=rows.device)
     for block in rows.split(_BLOCK):
-        total.addmm_(block.double().T, block.double())
-    return total
+        block = block.double()
+        for first in range(0, width, _COLUMNS):
+            last = first + _COLUMNS
+            total[first:last, first:].addmm_(block[:, first:last].T, block[:, first:])
+    return total.triu() + total.triu(1).T
 
 
 def _ridge(system: Tensor, lamb: float) -> Tensor:
@@ -137,6 +194,11 @@ def _ridge(system: Tensor, lamb: float) -> Tensor:
 
 def _solve(system: Tensor, right: Tensor, cure: str) -> Tensor:
     """system^{-1} right for a symmetric positive definite system; a singular one is a UserError that says `cure`."""
+    return torch.cholesky_solve(right, _cholesky(system, cure))
+
+
+def _cholesky(system: Tensor, cure: str) -> Tensor:
+    """The lower factor of a symmetric positive definite system; a singular one is a UserError that says `cure`."""
     if not system.isfinite().all():
         raise UserError("the text embeddings or weights are not finite numbers; load the model in float32")
     factor, failed = torch.linalg.cholesky_ex(system)
@@ -147,4 +209,4 @@ def _solve(system: Tensor, right: Tensor, cure: str) -> Tensor:
         condition = float(values[-1] / values[0]) if values[0] > 0 else float("inf")
         if failed or condition > _SINGULAR:
             raise UserError(f"the closed-form system is singular (condition number {condition:.1e}); {cure}")
-    return torch.cholesky_solve(right, factor)
+    return factor

@@ -36,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--n", type=int, help="images per erased or learnt concept (default 64), of the rest 8 N in all; or per prompt (1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default %(default)s)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 2 for emoji-sd, else 5)")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 is off (default: what suits the model)")
     parser.add_argument("--batch-size", type=int, help="images at once; default: by their size")
     parser.add_argument("--out", metavar="DIR", help="write before/after pictures and report.json into this folder")
 

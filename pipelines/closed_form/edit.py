@@ -10,18 +10,27 @@ from toolkit.edits.low_rank import LowRank
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from toolkit.method import Method
     from toolkit.model import Model
     from toolkit.solve import Change
 
 
-def as_edit(model: Model, method: Method, change: Change, notes: Mapping[str, Any] | None = None) -> LowRank:
-    """W -> W (I + D) for every layer of the model that reads text, W being its current weight: up W U, down V shared."""
-    change = change.compressed()
-    if change.rank == 0:
+def as_edit(model: Model, method: Method, changes: Mapping[str, Change], notes: Mapping[str, Any] | None = None) -> LowRank:
+    """W -> W (I + D) for every layer that has a D, W being its current weight: up W U, down V shared by those with the same D.
+
+    changes: stream -> D of all its layers, or site -> D of one layer; a layer with neither stays. A bias stays: it is added
+    to what the changed weight gives.
+    """
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    small = {id(change): change.compressed() for change in changes.values()}
+    for name, stream in model.arch.text_streams().items():
+        for site, linear in stream.linears.items():
+            change = changes.get(site, changes.get(name))
+            if change is not None and (d := small[id(change)]).rank:
+                factors[site] = linear.weight.to(d.u.device).double() @ d.u, d.v
+    if not factors:
         raise UserError("the edit changes nothing: every concept encodes like its anchor; name another anchor")
-    factors = {
-        site: (linear.weight.to(change.u.device).double() @ change.u, change.v) for site, linear in model.arch.text_linears().items()
-    }
     on = tuple(edit.info.method or edit.kind() for edit, _ in model.edits)
     return LowRank.from_factors(factors, EditInfo(method.name(), method.config(), model.fingerprint, on, notes=notes or {}))

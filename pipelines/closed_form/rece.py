@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import nn
 
 from pipelines.closed_form.edit import as_edit
-from pipelines.closed_form.rows import KeepChoice, Nothing, RowChoice, encode_task
+from pipelines.closed_form.rows import KeepChoice, Nothing, RowChoice, TaskRows, encode_task
 from pipelines.closed_form.uce import UCE
 from toolkit.concepts import EraseTask, Task
 from toolkit.errors import UserError
 from toolkit.method import Method, Score, option
-from toolkit.solve import closed_form, joint_weight, preimage
+from toolkit.solve import Change, closed_form, joint_weight, preimage
 
 if TYPE_CHECKING:
     from toolkit.edits.low_rank import LowRank
@@ -55,14 +57,14 @@ class RECE(Method):
         float64.
     """
 
-    rows: RowChoice = option("all", "token rows that UCE moves first: last_subject, tail_aligned or all")
+    rows: RowChoice = option("all", "token rows that UCE moves first: last_subject, tail_aligned, matched or all")
     derive_rows: RowChoice = option("all", "token rows that each epoch derives embeddings from and moves")
     nothing: Nothing = option("empty_prompt", "where a concept without an anchor goes: empty_prompt, or the template without it")
     epochs: int = option(1, "times that embeddings are derived and moved")
     reg: float = option(0.1, "ridge on the derived embeddings; smaller finds embeddings further away")
     erase_scale: float = option(1.0, "weight of each derived row")
     preserve_scale: float = option(0.1, "weight of each kept row in the epochs")
-    preserve_rows: KeepChoice = option("all", "rows of preserved prompts that are kept: all, or to_eot (without padding)")
+    preserve_rows: KeepChoice = option("all", "rows of preserved prompts that are kept: all, to_eot (without padding) or last_subject")
     lamb: float = option(0.1, "weight of staying close to the weights of the epoch before")
     again: bool = option(True, "in each epoch move the concept's own rows again, beside those derived from them")
     uce_erase_scale: float = option(1.0, "weight of each moved row in UCE")
@@ -70,7 +72,7 @@ class RECE(Method):
     uce_lamb: float = option(0.5, "weight of staying close to the given weights in UCE")
 
     kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd",)
+    architectures: ClassVar = ("sd", "sdxl", "sd3", "flux")
     paper: ClassVar = "arXiv:2407.12383"
     training_free: ClassVar = True
 
@@ -78,7 +80,19 @@ class RECE(Method):
         """Solve UCE and then `epochs` times its adversarial embeddings. `score` chooses among the epochs."""
         if self.epochs < 1:
             raise UserError(f"epochs is {self.epochs}, needs at least 1; use the method uce for none")
-        text = encode_task(model.arch, task, self.nothing)
+        texts = encode_task(model.arch, task, self.nothing)
+        epochs = {name: self.epochs_of(texts[name], stream.linears) for name, stream in model.arch.text_streams().items()}
+        if score is None:
+            return as_edit(model, self, {name: each[-1] for name, each in epochs.items()}, {"epoch": self.epochs})
+        edits, scores = [], []
+        for epoch in range(self.epochs):
+            edits.append(as_edit(model, self, {name: each[epoch] for name, each in epochs.items()}, {"epoch": epoch + 1}))
+            with model.attached(edits[-1]):
+                scores.append(score(model))
+        return edits[scores.index(max(scores))]
+
+    def epochs_of(self, text: TaskRows, linears: Mapping[str, nn.Linear]) -> list[Change]:
+        """The change after each epoch, for the layers of one stream."""
         keep = text.keep(self.preserve_rows)
         change = closed_form(
             *text.moved(self.rows),
@@ -89,18 +103,15 @@ class RECE(Method):
             option="uce_lamb",
         )
         concept, target = text.moved(self.derive_rows)
-        original = joint_weight(linear.weight.to(keep.device) for linear in model.arch.text_linears().values())
-        edits, scores = [], []
-        for epoch in range(1, self.epochs + 1):
+        original = joint_weight(linear.weight.to(keep.device) for linear in linears.values())
+        changes = []
+        for _ in range(self.epochs):
             derived = preimage([original @ change.matrix()], [original], concept, self.reg)
             rows, goals = (torch.cat([derived, concept]), torch.cat([target, target])) if self.again else (derived, target)
             step = closed_form(rows, goals, keep, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale, lamb=self.lamb)
             change = change.then(step)
-            if score is not None:
-                edits.append(as_edit(model, self, change, {"epoch": epoch}))
-                with model.attached(edits[-1]):
-                    scores.append(score(model))
-        return edits[scores.index(max(scores))] if scores else as_edit(model, self, change, {"epoch": self.epochs})
+            changes.append(change)
+        return changes
 
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toolkit import registry
 from toolkit.commands import open_method
-from toolkit.concepts import Concept, CustomizeTask, EraseTask, MergeTask, Subject
+from toolkit.concepts import Concept, CustomizeTask, DebiasTask, EraseTask, MergeTask, Subject
 from toolkit.edits.base import Edit
 from toolkit.edits.low_rank import LowRank
 from toolkit.edits.token import TokenEdit
@@ -69,8 +69,8 @@ def same(one: dict[str, object], other: dict[str, object]) -> bool:
 def prompts(fitted: Fitted) -> list[str]:
     """Prompts that the edit is about, and one that it is not."""
     about = [f"a photo of a {word}" for word in fitted.edit.info.triggers]
-    if isinstance(fitted.task, EraseTask):
-        about = [f"a photo of a {word}" for concept in fitted.task.concepts for word in concept.words]
+    if not isinstance(fitted.task, CustomizeTask):
+        about += [f"a photo of a {word}" for concept in fitted.task.concepts for word in concept.words]
     return [*about, "a plain background"]
 
 
@@ -155,6 +155,8 @@ def test_an_edit_on_top_of_it_can_be_fitted(fitted: Fitted) -> None:
     if isinstance(task, CustomizeTask):  # other words than those that are attached
         renamed = [dataclasses.replace(subject, token=f"{subject.token}2", captions=()) for subject in task.subjects]
         task = CustomizeTask(tuple(renamed))
+    if isinstance(task, (MergeTask, DebiasTask)):  # edits whose words are not attached, a concept that is not balanced
+        task = fitted.method.example_task(fresh)
     second = fitted.method.fit(fresh, task)
     assert same(snapshot(fresh), before) and second.info.on == (fitted.method.name(),)
 
@@ -172,7 +174,7 @@ def test_merged_it_is_what_it_is_attached(fitted: Fitted, tmp_path: Path) -> Non
 
 
 def test_half_of_it_is_between(fitted: Fitted) -> None:
-    if not fitted.edit.scalable:
+    if not all(part.scalable for part, _ in fitted.edit.parts()):
         with pytest.raises(UserError, match="cannot be scaled"):
             fitted.model.attach(fitted.edit, 0.5)
         return
@@ -219,6 +221,7 @@ def test_a_task_of_another_kind_is_refused(name: str, family: str) -> None:
         "erase": EraseTask((Concept("cat"),)),
         "customize": CustomizeTask((Subject("<toy>", "cat", (Path("missing.png"),)),)),
         "merge": MergeTask(()),
+        "debias": DebiasTask((Concept("cat"),), ("big", "small"), lambda model, concept: (1.0, 0.0)),
     }
     model = tiny_of(family)
     for kind, task in tasks.items():

@@ -88,10 +88,19 @@ def test_sites(arch: SD) -> None:
     cross = [name for name in attention if name.endswith("attn2")]
     assert len(attention) == 2 * len(cross) == 14
     assert sorted(linears) == sorted(f"{site}.{linear}" for site in cross for linear in ("to_k", "to_v"))
+    assert sorted(arch.value_linears()) == sorted(f"{site}.to_v" for site in cross)
     assert len(targets) == 4 * len(attention) and linears.keys() < targets.keys()
     for site, linear in linears.items():
         assert linear is unet.get_submodule(site.removeprefix("denoiser."))
         assert linear.bias is None and linear.in_features == 32
+
+
+def test_all_layers_that_read_text_read_the_whole_hidden_state(arch: SD) -> None:
+    [stream], text = arch.text_streams().values(), arch.encode(["a cat", "a dog"])
+    [segment] = stream.segments(text[1:])
+    assert stream.linears == arch.text_linears() and (segment.leading, segment.causal) == (1, True)
+    assert segment.ids is not None and torch.equal(segment.rows, text.hidden[1:]) and torch.equal(segment.ids, text.ids[1:])
+    assert segment.length.tolist() == text.length.tolist()[1:]
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

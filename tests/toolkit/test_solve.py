@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from toolkit.errors import UserError
-from toolkit.solve import Change, closed_form, joint_weight, preimage
+from toolkit.solve import Change, closed_form, exact, joint_weight, preimage, second_moment, shares
 
 
 @dataclass
@@ -79,6 +79,18 @@ def test_agrees_with_the_naive_solution_at_the_size_of_sd1(n, m):
     change = solve(p)
     for weight in p.weights:
         assert relative(weight @ change.u @ change.v, naive(weight, p, 1.0, 1.0, 0.5) - weight) <= 1e-6
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 999), st.integers(2, 20), st.integers(1, 10), st.integers(0, 10), scale)
+def test_a_prior_is_as_good_as_its_rows(seed, width, n, m, b):
+    """Kept rows may come as their weighted second moment, whichever system the rows alone would have taken."""
+    p = problem(seed, width, n, m)
+    expected = solve(p, b=b).matrix()
+    prior = b * second_moment(p.keep)
+    given_moment = closed_form(p.source, p.target, p.keep[:0], lamb=0.5, prior=prior).matrix()
+    assert relative(given_moment, expected) <= 1e-8
+    assert torch.equal(prior, b * second_moment(p.keep)), "the caller's prior is not changed"
 
 
 def test_float32_rows_are_solved_in_float64():
@@ -210,3 +222,83 @@ def test_preimage_without_ridge_of_a_narrow_model_says_the_cure():
     p = problem(19, 10, 4, 3, outs=(4,))
     with pytest.raises(UserError, match=r"singular.*raise reg \(now 0\)"):
         preimage(p.weights, p.weights, p.source, 0.0)
+
+
+def fused(p: Problem, count: int = 3, r: int = 2) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Changes dW_k of every layer, and the rows C_k [n, d] on which each should hold."""
+    make = torch.Generator().manual_seed(20)
+    width = p.source.shape[1]
+    changes = [
+        [torch.randn(len(w), r, generator=make).double() @ torch.randn(r, width, generator=make).double() for w in p.weights]
+        for _ in range(count)
+    ]
+    return changes, [torch.randn(6, width, generator=make, dtype=torch.float64) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("width", "outs"), [(12, (7, 24)), (768, (320,))])
+def test_shares_of_changes_fuse_them_as_one_solve_for_each_layer_would(width, outs):
+    p = problem(20, width, 1, 30, outs=outs)
+    changes, rows = fused(p)
+    keep, lamb = second_moment(p.keep), 0.3
+    found = shares([second_moment(own) for own in rows], keep, lamb)
+    for layer, w in enumerate(p.weights):
+        left, right = lamb * w + w @ keep, lamb * torch.eye(width, dtype=torch.float64) + keep
+        for change, own in zip(changes, rows, strict=True):
+            for c in own:
+                left.addr_((w + change[layer]) @ c, c)
+                right.addr_(c, c)
+        edited = w + sum(change[layer] @ share for change, share in zip(changes, found, strict=True))
+        assert relative(edited - w, left @ torch.linalg.inv(right) - w) <= 1e-6
+
+        free = edited.clone().requires_grad_()
+        terms = [((free - w - change[layer]) @ own.T).square().sum() for change, own in zip(changes, rows, strict=True)]
+        total = sum(terms) + ((free - w) @ p.keep.T).square().sum() + lamb * (free - w).square().sum()
+        scale = sum((change[layer] @ own.T @ own).norm() for change, own in zip(changes, rows, strict=True))
+        assert torch.autograd.grad(total, free)[0].norm() <= 1e-8 * scale
+
+
+def test_one_change_with_nothing_to_keep_is_itself():
+    p = problem(21, 6, 1, 0)
+    _, rows = fused(p, 1)
+    (share,) = shares([second_moment(rows[0])], torch.zeros(6, 6, dtype=torch.float64), 0.0)
+    torch.testing.assert_close(share, torch.eye(6, dtype=torch.float64), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("width", "n"), [(12, 5), (768, 40)])
+def test_exact_values_at_the_rows_and_the_least_change_elsewhere(width, n):
+    """Against the Lagrange conditions solved as one linear system."""
+    p = problem(22, width, n, 30, outs=(9,))
+    lamb, value = 0.4, torch.randn(9, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    change = value @ exact(p.source, second_moment(p.keep), lamb, 1e-9)
+    assert relative(change @ p.source.T, value) <= 1e-9
+    a = lamb * torch.eye(width, dtype=torch.float64) + p.keep.T @ p.keep
+    system = torch.cat([torch.cat([a, p.source.T], 1), torch.cat([p.source, torch.zeros(n, n)], 1)])
+    solved = torch.linalg.solve(system, torch.cat([torch.zeros(width, 9), value.T]).double())
+    assert relative(change, solved[:width].T) <= 1e-8
+
+
+def test_exact_values_at_rows_given_twice_and_almost_twice():
+    p = problem(23, 12, 4, 30)
+    keep, value = second_moment(p.keep), torch.ones(3, 4, dtype=torch.float64)
+    once = value @ exact(p.source, keep, 0.4, 1e-6)
+    near = p.source + 1e-9 * torch.randn(4, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for other in (p.source, near):
+        twice = torch.cat([value, value], 1) @ exact(torch.cat([p.source, other]), keep, 0.4, 1e-6)
+        assert relative(twice, once) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [((0.0, 1e-6), r"singular .* raise lamb \(now 0\)"), ((-1.0, 1e-6), "lamb is -1.0"), ((0.1, 0.0), "tolerance is 0.0")],
+)
+def test_exact_values_need_a_metric_and_a_tolerance(given, message):
+    p = problem(24, 12, 4, 5)
+    with pytest.raises(UserError, match=message):
+        exact(p.source, second_moment(p.keep), *given)
+
+
+@pytest.mark.parametrize(("lamb", "message"), [(0.0, r"singular .* raise lamb \(now 0\)"), (float("nan"), "lamb is nan")])
+def test_shares_need_a_metric(lamb, message):
+    p = problem(25, 12, 4, 5)
+    with pytest.raises(UserError, match=message):
+        shares([second_moment(p.source)], second_moment(p.keep), lamb)

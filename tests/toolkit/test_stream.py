@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.toolkit.ldm import FAMILIES, stored, write_configs, write_single_file, write_sparse
+from toolkit import registry
 from toolkit.arch import single_file
 from toolkit.arch.ldm import Layout
 from toolkit.arch.sd import tiny_tokenizer
@@ -42,16 +43,16 @@ def edit_of(model: Model) -> Edit:
         site: (random(linear.out_features, 3, seed=i), random(3, linear.in_features, seed=-i))
         for i, (site, linear) in enumerate(model.arch.text_linears().items())
     }
-    written = ("q_proj.weight", "v_proj.bias", "text_projection.weight", "fc1.bias", "token_embedding.weight", "to_k.weight")
+    written = ("q_proj.weight", "v_proj.bias", "text_projection.weight", "fc1.bias", "token_embedding.weight", "to_k.weight", ".k.weight")
     parts = {part: module for part, module in model.arch.components().items()}
     deltas = {
         f"{part}.{name}": random(*value.shape, seed=len(name))
         for part, module in parts.items()
         for name, value in module.named_parameters()
-        if name.endswith(written) and (part != "denoiser" or ".0.attn2" in name)
+        if name.endswith(written) and (part != "denoiser" or ".0.attn" in name)
     }
     assert any(name.startswith("vae.") for name in deltas)
-    return Chain.of([Delta.from_deltas(deltas), LowRank.from_factors(factors)], [-1.0, 0.5])
+    return Chain.of([Delta.from_deltas(deltas), LowRank.from_factors(factors, EditInfo(base=model.fingerprint))], [-1.0, 0.5])
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def raw(path: Path) -> dict[str, bytes]:
 def test_a_file_becomes_what_the_edited_model_is(write: Writer, configs: Path, tmp_path: Path, version: str, dtype: str) -> None:
     model, path = write(version, dtype)
     edit, before = edit_of(model), raw(path)
-    out = write_checkpoint(path, edit, tmp_path / "new" / "edited.safetensors")
+    out = write_checkpoint(path, edit, tmp_path / "new" / "edited.safetensors", strict=True)
     layout = Layout(model.arch.single_files[version], configs / version)
     touched = {slot.key for slot in layout.slots(edit.parameter_names()).values()}
     model.attach(edit)
@@ -105,15 +106,15 @@ def test_a_file_becomes_what_the_edited_model_is(write: Writer, configs: Path, t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("version", ["sd1", "sdxl"])
-def test_a_folder_becomes_what_the_edited_model_is(tmp_path: Path, version: str, dtype: str) -> None:
-    arch = FAMILIES[version].tiny(seed=3)
+@pytest.mark.parametrize("family", registry.names("arch"))
+def test_a_folder_becomes_what_the_edited_model_is(tmp_path: Path, family: str, dtype: str) -> None:
+    arch = registry.load("arch", family).tiny(seed=3)
     arch.pipe.to(DTYPES[dtype])
     model = Model(arch)
     source = model.save(tmp_path / "model")
     (source / "README.md").write_text("mine")
     edit = edit_of(model)
-    out = write_checkpoint(source, edit, tmp_path / "edited")
+    out = write_checkpoint(source, edit, tmp_path / "edited", strict=True)
     model.attach(edit)
     expected = model.save(tmp_path / "expected")
     files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}

@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -29,29 +29,67 @@ from toolkit.errors import UserError
 class Text:
     """Encoded prompts.
 
-    hidden [n, L, d]: what the denoiser reads. ids [n, L]: token ids. length [n]: tokens up to and including EOT
-    (so the last subject token of a prompt is at `length - 2`). pooled [n, p] or None.
+    hidden [n, L, d]: what the denoiser reads. ids [n, L]: token ids. length [n]: tokens up to and including EOT (so the
+    last subject token of a prompt is at `length - 2`), of the first encoder where rows of several follow one another.
+    pooled [n, p] or None. guidance [n]: the scale that a distilled denoiser reads, None is 1; others read none.
     """
 
     hidden: Tensor
     ids: Tensor
     length: Tensor
     pooled: Tensor | None = None
+    guidance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def __getitem__(self, index: Any) -> Text:
         """Rows of the batch; index is anything that indexes a tensor's first axis and keeps it."""
-        pooled = None if self.pooled is None else self.pooled[index]
-        return Text(self.hidden[index], self.ids[index], self.length[index], pooled)
+        columns: dict[str, Any] = {name: None if value is None else value[index] for name, value in self._columns().items()}
+        return Text(**columns)
+
+    def to(self, device: str | torch.device) -> Text:
+        """On another device."""
+        columns: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in self._columns().items()}
+        return Text(**columns)
 
     @staticmethod
     def cat(parts: Sequence[Text]) -> Text:
         """Batches one after another."""
-        pooled = None if parts[0].pooled is None else torch.cat([p.pooled for p in parts if p.pooled is not None])
-        hidden, ids = torch.cat([p.hidden for p in parts]), torch.cat([p.ids for p in parts])
-        return Text(hidden, ids, torch.cat([p.length for p in parts]), pooled)
+        given = [part._columns() for part in parts]
+        columns: dict[str, Any] = {name: None if value is None else torch.cat([c[name] for c in given]) for name, value in given[0].items()}
+        return Text(**columns)
+
+    def _columns(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of encoded prompts from one encoder.
+
+    rows [n, L, d]. ids [n, L] or None for a pooled vector (L = 1). length [n]: tokens up to and including EOT.
+    leading: rows at the start that are the same in every prompt (1 for BOS, 0 without). causal: whether a row sees only
+    the rows before it.
+    """
+
+    rows: Tensor
+    ids: Tensor | None
+    length: Tensor
+    leading: int = 1
+    causal: bool = True
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What some linear layers of the denoiser read of an encoded prompt as it is, and those layers.
+
+    linears: site -> layer; a bias, where there is one, is no part of what an edit changes. segments: encoded prompts -> the
+    rows that the layers read.
+    """
+
+    linears: Mapping[str, nn.Linear]
+    segments: Callable[[Text], tuple[Segment, ...]]
 
 
 class Architecture(ABC):
@@ -64,6 +102,8 @@ class Architecture(ABC):
     pipelines: ClassVar[tuple[str, ...]]  # the diffusers pipeline classes of this family, as model_index.json names them
     single_files: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     """What one file of it may be: version (a folder in toolkit/arch/configs) -> component -> what its keys begin with."""
+    default_guidance: float = 5.0  # guidance scale when none is given
+    distilled_guidance: bool = False  # whether the denoiser reads the scale itself (`Text.guidance`) and needs no second prediction
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -76,7 +116,7 @@ class Architecture(ABC):
 
     @classmethod
     @abstractmethod
-    def tiny(cls, *, seed: int = 0, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon") -> Self:
+    def tiny(cls, *, seed: int = 0) -> Self:
         """A random instance of the real classes, small enough for a test (well under a second to build)."""
 
     @classmethod
@@ -124,7 +164,16 @@ class Architecture(ABC):
 
     @abstractmethod
     def text_linears(self) -> dict[str, nn.Linear]:
-        """Site -> linear layer, for the layers that read the text encoder's output as it is (no bias)."""
+        """Site -> linear layer, for the layers that read the text encoders' output as it is: those of all `text_streams`."""
+
+    def value_linears(self) -> dict[str, nn.Linear]:
+        """Those of `text_linears` that give attention its values and not its keys; all, where one layer gives both."""
+        return self.text_linears()
+
+    def text_streams(self) -> dict[str, Stream]:
+        """Name -> stream, for what the denoiser reads of the text encoders. Layers of one stream read the same rows, so that
+        one change of the rows does for all. Default: the hidden state, read by all `text_linears`."""
+        return {"hidden": Stream(self.text_linears(), lambda text: (Segment(text.hidden, text.ids, text.length),))}
 
     @abstractmethod
     def lora_targets(self) -> dict[str, nn.Linear]:
@@ -177,7 +226,10 @@ class Architecture(ABC):
 
     @abstractmethod
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha_t, sigma_t), each [n, 1, 1, 1], such that x_t = alpha_t x_0 + sigma_t eps. t: timesteps [n]."""
+        """(alpha_t, sigma_t), each [n, 1, 1, 1], such that x_t = alpha_t x_0 + sigma_t eps.
+
+        t: timesteps [n], integers below `train_timesteps` or what `scheduler` gives.
+        """
 
     @abstractmethod
     def predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
@@ -201,13 +253,16 @@ class Architecture(ABC):
         return alpha * x0 + sigma * noise
 
     @abstractmethod
-    def scheduler(self, steps: int) -> Any:
-        """A fresh deterministic diffusers scheduler with its timesteps set; the default sampler of the family."""
+    def scheduler(self, steps: int, latent_shape: tuple[int, int, int] | None = None) -> Any:
+        """A fresh deterministic diffusers scheduler with its timesteps set; the default sampler of the family.
+
+        It starts from standard normal noise, and the denoiser reads its latents as they are. latent_shape: of one
+        latent, None is that of the default size; some families take noisier steps for larger images.
+        """
 
     # --- other people's formats ---------------------------------------------------------------------------------
-    @classmethod
     @abstractmethod
-    def diffusers_lora_key(cls, site: str) -> str:
+    def diffusers_lora_key(self, site: str) -> str:
         """What diffusers calls a site or parameter: the part's folder, then the key there, e.g. "unet.mid_block....to_k".
 
         So it is named in LoRA files for load_lora_weights, and in the checkpoints of a diffusers folder.
@@ -227,7 +282,8 @@ class Architecture(ABC):
 def from_pretrained(pipeline: Any, source: str, dtype: torch.dtype, **options: Any) -> Any:
     """A diffusers pipeline from a folder or a hub id, from safetensors only. Failing to is a UserError."""
     try:
-        return pipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        missing = {name: None for name, kind in pipeline.load_config(source).items() if kind == [None, None]}  # saved without these
+        return pipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **{**missing, **options})
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load {source!r} ({reason}); give a diffusers folder or hub id with .safetensors weights") from error

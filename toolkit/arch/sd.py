@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -14,18 +13,16 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from toolkit.arch.base import Architecture, Text, from_pretrained
+from toolkit.arch.base import Text, from_pretrained
+from toolkit.arch.encoders import Encoders
 from toolkit.arch.single_file import from_single_file
 from toolkit.errors import UserError
-from toolkit.io.files import replacing_folder
 
 LORA_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-TEXT_PREFIX = "text_model."  # part of the names in checkpoints; transformers >= 5.6 leaves it out of its module names
 
 LDM = {"denoiser": "model.diffusion_model.", "vae": "first_stage_model."}  # how keys begin in single files
 
@@ -58,11 +55,12 @@ TINY_NOISE: dict[str, Any] = {
 }
 
 
-class SD(Architecture):
+class SD(Encoders):
     """StableDiffusionPipeline, with noise (epsilon) or velocity (v) prediction as the scheduler's configuration says."""
 
     name = "sd"
     pipelines = ("StableDiffusionPipeline",)
+    denoiser = "unet"
     single_files: ClassVar = {
         "sd1": {**LDM, "text_encoder": "cond_stage_model.transformer."},
         "sd2": {**LDM, "text_encoder": "cond_stage_model.model."},
@@ -70,7 +68,6 @@ class SD(Architecture):
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
-        pipe.set_progress_bar_config(disable=True)
         noising: Any = DDPMScheduler.from_config(pipe.scheduler.config)
         self.prediction_type: str = noising.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
@@ -79,8 +76,6 @@ class SD(Architecture):
         self.train_timesteps: int = noising.config.num_train_timesteps
         self.downscale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         self.image_size: int = pipe.unet.config.sample_size * self.downscale
-        for module in self.components().values():
-            module.eval().requires_grad_(False)
 
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
@@ -104,46 +99,18 @@ class SD(Architecture):
             }
         return cls(StableDiffusionPipeline(**parts, requires_safety_checker=False))
 
-    def save(self, folder: Path) -> Path:
-        with replacing_folder(folder, marker="model_index.json") as temporary:
-            self.pipe.save_pretrained(temporary)
-            for name, embedding in self.token_embeddings().items():
-                weights = temporary / name / "model.safetensors"
-                state = {_prefixed(key): value for key, value in load_file(weights).items()}
-                save_file(state, weights, {"format": "pt"})
-                config = copy.deepcopy(self.components()[name].config)
-                config.vocab_size = embedding.num_embeddings  # the words of attached tokens are rows too
-                config.save_pretrained(temporary / name)
-        return folder
-
     # --- parts --------------------------------------------------------------------------------------------------
-    def components(self) -> dict[str, nn.Module]:
-        return {"denoiser": self.pipe.unet, "text_encoder": self.pipe.text_encoder, "vae": self.pipe.vae}
-
     def text_linears(self) -> dict[str, nn.Linear]:
-        return self._denoiser_linears("attn2.to_k", "attn2.to_v")
+        return self.denoiser_linears("attn2.to_k", "attn2.to_v")
+
+    def value_linears(self) -> dict[str, nn.Linear]:
+        return self.denoiser_linears("attn2.to_v")
 
     def lora_targets(self) -> dict[str, nn.Linear]:
-        return self._denoiser_linears(*(f"{attention}.{linear}" for attention in ("attn1", "attn2") for linear in LORA_PROJECTIONS))
-
-    def _denoiser_linears(self, *endings: str) -> dict[str, nn.Linear]:
-        modules = self.pipe.unet.named_modules()
-        return {f"denoiser.{name}": module for name, module in modules if name.endswith(endings) and isinstance(module, nn.Linear)}
+        return self.denoiser_linears(*(f"{attention}.{linear}" for attention in ("attn1", "attn2") for linear in LORA_PROJECTIONS))
 
     def attention_sites(self) -> dict[str, nn.Module]:
         return {f"denoiser.{name}": module for name, module in self.pipe.unet.named_modules() if name.endswith(("attn1", "attn2"))}
-
-    def token_embeddings(self) -> dict[str, nn.Embedding]:
-        return {"text_encoder": self.pipe.text_encoder.get_input_embeddings()}
-
-    def set_token_embedding(self, component: str, module: nn.Module) -> None:
-        self.pipe.text_encoder.set_input_embeddings(module)
-
-    def tokenizers(self) -> dict[str, Any]:
-        return {"text_encoder": self.pipe.tokenizer}
-
-    def set_tokenizer(self, component: str, tokenizer: Any) -> None:
-        self.pipe.tokenizer = tokenizer
 
     # --- text ---------------------------------------------------------------------------------------------------
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:
@@ -152,19 +119,6 @@ class SD(Architecture):
         with torch.set_grad_enabled(grad):
             hidden = encoder(ids).last_hidden_state
         return Text(hidden, ids, length)
-
-    def tokenize(self, prompts: Sequence[str], component: str) -> tuple[Tensor, Tensor]:
-        """Token ids [n, L] for a text encoder, on its device, and the number of tokens up to and including EOT [n]."""
-        tokenizer, encoder = self.tokenizers()[component], self.components()[component]
-        longest = encoder.config.max_position_embeddings
-        # A token of several vectors is several words. It is found by its exact spelling; the tokenizer lower-cases anyway.
-        words = self.pipe.maybe_convert_prompt([prompt.lower() for prompt in prompts], tokenizer)
-        tokens = tokenizer(words, padding="max_length", max_length=longest, truncation=False, verbose=False)
-        for prompt, ids in zip(prompts, tokens.input_ids, strict=True):
-            if len(ids) > longest:
-                raise UserError(f"prompt {prompt!r} has {len(ids) - 2} tokens, {longest - 2} fit; shorten it")
-        device = encoder.device
-        return torch.tensor(tokens.input_ids, device=device), torch.tensor(tokens.attention_mask, device=device).sum(1)
 
     # --- images and noise ---------------------------------------------------------------------------------------
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -200,7 +154,7 @@ class SD(Architecture):
         alpha, sigma = self.signal_and_noise(t)
         return noise if self.prediction_type == "epsilon" else alpha * noise - sigma * x0
 
-    def scheduler(self, steps: int) -> DPMSolverMultistepScheduler:
+    def scheduler(self, steps: int, latent_shape: tuple[int, int, int] | None = None) -> DPMSolverMultistepScheduler:
         config = {**self.pipe.scheduler.config, "algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
         # "leading" is what other schedulers do unless told, and begins below the noisiest step. diffusers replaces it by this
         # solver's "linspace" as long as it is unspoken; a saved model speaks it out, and has to draw the same images.
@@ -209,19 +163,6 @@ class SD(Architecture):
         scheduler: Any = DPMSolverMultistepScheduler.from_config(config)
         scheduler.set_timesteps(steps, device=self.device)
         return scheduler
-
-    # --- other people's formats ---------------------------------------------------------------------------------
-    @classmethod
-    def diffusers_lora_key(cls, site: str) -> str:
-        component, _, path = site.partition(".")
-        if component.startswith("text_encoder"):
-            return f"{component}.{_prefixed(path)}"
-        return f"unet.{path}" if component == "denoiser" else site
-
-
-def _prefixed(key: str) -> str:
-    """A text encoder's parameter name as it is in checkpoints."""
-    return key if key.startswith((TEXT_PREFIX, "text_projection")) else TEXT_PREFIX + key
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

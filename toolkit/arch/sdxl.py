@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from toolkit.arch.base import Text, from_pretrained
@@ -63,22 +63,6 @@ class SDXL(SD):
                 "scheduler": DDIMScheduler(**TINY_NOISE, prediction_type=prediction_type),
             }
         return cls(StableDiffusionXLPipeline(**parts, add_watermarker=False))
-
-    # --- parts --------------------------------------------------------------------------------------------------
-    def components(self) -> dict[str, nn.Module]:
-        return {**super().components(), "text_encoder_2": self.pipe.text_encoder_2}
-
-    def token_embeddings(self) -> dict[str, nn.Embedding]:
-        return {**super().token_embeddings(), "text_encoder_2": self.pipe.text_encoder_2.get_input_embeddings()}
-
-    def set_token_embedding(self, component: str, module: nn.Module) -> None:
-        self.components()[component].set_input_embeddings(module)
-
-    def tokenizers(self) -> dict[str, Any]:
-        return {**super().tokenizers(), "text_encoder_2": self.pipe.tokenizer_2}
-
-    def set_tokenizer(self, component: str, tokenizer: Any) -> None:
-        setattr(self.pipe, component.replace("text_encoder", "tokenizer"), tokenizer)
 
     # --- text ---------------------------------------------------------------------------------------------------
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:

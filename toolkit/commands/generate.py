@@ -18,7 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--negative", default="", help="negative prompt")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image of each prompt (default %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default %(default)s)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 is off (default: 2 for emoji-sd, else 5)")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 is off (default: what suits the model)")
     parser.add_argument("--n", type=int, default=1, help="images per prompt, with seeds S, S+1, ... (default %(default)s)")
     parser.add_argument("--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width; default: the model's own")
     parser.add_argument("--batch-size", type=int, help="images at once; default: by their size")

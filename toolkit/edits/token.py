@@ -94,7 +94,7 @@ class TokenEdit(Edit):
                 raise unknown("text encoder", component, embeddings)
             rows = {token: parts[component] for token, parts in self.tokens.items() if component in parts}
             tokenizer = _extend_tokenizer(tokenizers[component], rows)
-            new[component] = tokenizer, _extend_embedding(embeddings[component], rows, component, len(tokenizer))
+            new[component] = tokenizer, _extend_embedding(embeddings[component], rows, component, len(tokenizers[component]))
         for component, (tokenizer, embedding) in new.items():
             arch.set_tokenizer(component, tokenizer)
             arch.set_token_embedding(component, embedding)
@@ -116,15 +116,19 @@ def _extend_tokenizer(tokenizer: Any, rows: Mapping[str, Tensor]) -> Any:
     return extended
 
 
-def _extend_embedding(embedding: nn.Embedding, rows: Mapping[str, Tensor], component: str, size: int) -> nn.Embedding:
-    """The embedding's rows followed by the new ones, `size` in all, with the old one's type, device and mode."""
+def _extend_embedding(embedding: nn.Embedding, rows: Mapping[str, Tensor], component: str, words: int) -> nn.Embedding:
+    """The embedding with the new rows after those of the tokenizer's `words`, and the old one's type, device and mode.
+
+    T5's has rows without a word, to make their number a round one. New words take these first.
+    """
     old = embedding.weight.detach()
     for token, vectors in rows.items():
         if vectors.shape[1] != old.shape[1]:
             given, needed = tuple(vectors.shape), f"[{len(vectors)}, {old.shape[1]}]"
             raise UserError(f"rows of {component}:{token} are {list(given)}, this model needs {needed}; fit the token on this model")
-    table = torch.cat([old, *(vectors.to(old.device, old.dtype) for vectors in rows.values())])
-    if len(table) != size:
-        raise UserError(f"the tokenizer of {component} has {size} words for {len(table)} embedding rows; load a model where they agree")
+    if len(old) < words:
+        raise UserError(f"the tokenizer of {component} has {words} words for {len(old)} embedding rows; load a model where they agree")
+    new = torch.cat([vectors.to(old.device, old.dtype) for vectors in rows.values()])
+    table = torch.cat([old[:words], new, old[words + len(new) :]])
     extended = nn.Embedding.from_pretrained(table, freeze=not embedding.weight.requires_grad)
     return extended.train(embedding.training)

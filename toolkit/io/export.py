@@ -21,7 +21,8 @@ from toolkit.runs import replacing
 
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
 LORA_FILE = "pytorch_lora_weights.safetensors"
-CLIP_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # what SDXL tools call the rows of either encoder
+ROW_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}  # as ComfyUI calls the encoders' rows
+FLUX_ROW_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
 
 
 def export(edit: Edit, format: str, path: str | Path, model: Model | None = None) -> list[Path]:
@@ -73,8 +74,8 @@ def _diffusers_lora(edit: Edit, path: Path, model: Model) -> list[Path]:
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
-def _embedding(edit: Edit, path: Path, _: Model | None) -> list[Path]:
-    tokens = {token: rows for part, _ in edit.parts() if isinstance(part, TokenEdit) for token, rows in part.tokens.items()}
+def _embedding(edit: Edit, path: Path, model: Model | None) -> list[Path]:
+    tokens = {token: part for part, _ in edit.parts() if isinstance(part, TokenEdit) for token in part.tokens}
     files = {token: path / f"{re.sub(NOT_IN_NAMES, '_', token).strip('_') or 'token'}.safetensors" for token in tokens}
     if path.suffix == ".safetensors":
         if len(tokens) > 1:
@@ -83,9 +84,12 @@ def _embedding(edit: Edit, path: Path, _: Model | None) -> list[Path]:
     elif len(set(files.values())) < len(files):
         raise UserError(f"tokens {', '.join(tokens)} would have the same file names; export the edits that they come from one by one")
     written = []
-    for token, rows in tokens.items():
+    for token, part in tokens.items():
+        rows = part.tokens[token]
+        family = part.info.base.get("architecture") or (model.arch.name if model else "")
+        names = FLUX_ROW_NAMES if family == "flux" else ROW_NAMES
         # one tensor named like the token: A1111 takes any single tensor, diffusers takes its name for the token
-        state = {token: next(iter(rows.values()))} if len(rows) == 1 else {CLIP_NAMES[part]: row for part, row in rows.items()}
+        state = {token: next(iter(rows.values()))} if len(rows) == 1 else {names[name]: row for name, row in rows.items()}
         written.append(_save(state, files[token], {"format": "pt"}))
     return written
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,12 +101,12 @@ def write_checkpoint(source: str | Path, edit: Edit, out: str | Path, *, strict:
             raise not_mergeable(part)
         for name in part.parameter_names():
             touched.setdefault(name, []).append((part, scale))
-    arch, configs, places = _find(source, touched)
+    arch, places = _find(source, touched)
     changes = [Change(name, place, touched[name]) for name, found in places.items() for place in found]
     for change in changes:
         change.check()
     if any(part.info.base for part, _ in edit.parts()):
-        _check_base(source, arch.hollow(configs), edit, strict)
+        _check_base(source, arch(), edit, strict)
     return _write_folder(source, changes, out) if source.is_dir() else _write_file(source, changes, out)
 
 
@@ -116,11 +116,11 @@ def streamable(edit: Edit) -> bool:
 
 
 # --- where parameters are -------------------------------------------------------------------------------------------
-def _find(source: Path, names: Iterable[str]) -> tuple[type[Architecture], Path, dict[str, list[Place]]]:
-    """The architecture of a checkpoint, the folder with its configurations, and the places of these parameters."""
+def _find(source: Path, names: Iterable[str]) -> tuple[Callable[[], Architecture], dict[str, list[Place]]]:
+    """What makes the checkpoint's architecture, hollow, and the places of these parameters."""
     if source.is_dir():
-        arch = architecture(str(source))
-        return arch, source, _find_in_folder(source, arch, names)
+        arch = architecture(str(source)).hollow(source)
+        return lambda: arch, _find_in_folder(source, arch, names)
     found = recognise(source)
     places = {}
     for name, slot in found.layout.slots(names).items():
@@ -129,14 +129,16 @@ def _find(source: Path, names: Iterable[str]) -> tuple[type[Architecture], Path,
         if f"model_ema.{slot.key.removeprefix('model.').replace('.', '')}" in found.header.tensors:
             raise UserError(f"{str(source)!r} holds averaged (EMA) weights too, which would stay unedited; prune them first")
         places[name] = [Place(source, slot, found.header.tensors[slot.key])]
-    return found.family, found.layout.configs, places
+    return lambda: found.family.hollow(found.layout.configs), places
 
 
-def _find_in_folder(source: Path, arch: type[Architecture], names: Iterable[str]) -> dict[str, list[Place]]:
+def _find_in_folder(source: Path, arch: Architecture, names: Iterable[str]) -> dict[str, list[Place]]:
     """Every file that holds a parameter is a place of it: shards hold it once, variants once each."""
     stored: dict[str, dict[str, list[tuple[Path, Stored]]]] = {}
     places = {}
     for name in names:
+        if name.partition(".")[0] not in arch.components():
+            raise UserError(f"edit changes {name}, which {str(source)!r} ({arch.name}) does not have; {REMEDY}")
         folder, _, key = arch.diffusers_lora_key(name).partition(".")
         if folder not in stored:
             stored[folder] = {}
@@ -153,7 +155,7 @@ def _find_in_folder(source: Path, arch: type[Architecture], names: Iterable[str]
 def _check_base(source: Path, arch: Architecture, edit: Edit, strict: bool) -> None:
     """Whether the parts of the edit were fitted on this model."""
     names = [f"{part}.{name}" for part, module in arch.components().items() if part != "vae" for name, _ in module.named_parameters()]
-    places = _find(source, names)[2]
+    _, places = _find(source, names)
     found = fingerprint(arch, lambda name: places[name][0].read())
     for part, _ in edit.parts():
         if not same_base(part.info.base, found):
