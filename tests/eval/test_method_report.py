@@ -75,7 +75,7 @@ def test_the_lists_hold_well_spread_scored_objects(world: World) -> None:
 def test_the_tasks_are_the_ones_asked_for(world: World, cells: list[Cell]) -> None:
     assert len({cell.name for cell in cells}) == len(cells) == SETTINGS.cells
     count = Counter((cell.method, cell.section) for cell in cells)
-    each = {"objects": 12, "anchored": 2, "group": 1, "styles": 4}
+    each = {"objects": 12, "anchored": 2, "group": 1, "styles": 6}
     assert count == {(m, s): k for m in ERASERS for s, k in each.items()} | {("rece", "bare"): 12, (LEARNER, "subjects"): 8}
     goals = {cell.name: cell.goal for cell in cells if isinstance(cell.goal, EraseTask)}
     wanted = ("uce-pistol", "rece-pistol-without-synonyms", "uce-weapon", "rece-noto-to-nothing")
