@@ -26,7 +26,7 @@ SPARES = ("mushroom", "helicopter", "frog", "hamburger", "knife", "phone", "buck
 ANCHORED = (("cat", "dog"), ("car", "bicycle"))
 SPARE_ANCHORED = (("axe", "saw"), ("frog", "turtle"), ("beer", "coffee"), ("ship", "sailboat"))
 GROUP = "weapon"
-STYLES, STYLE_ANCHOR = ("twemoji", "noto"), "fluent flat"
+STYLES, STYLE_ANCHOR = ("twemoji", "noto", "fluent 3d"), "fluent flat"
 KEPT = 0.75  # images of everything else in a cell, per image of the concept by name
 ROUND = 40  # different prompts for one of the other objects before seeds change
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 HELP = "erase, customize, attack and report on the embedded model, end to end"
 
 WEAPON, ERASER = "pistol", "rece"
-SUBJECT, CLASS_NAME, TOKEN, STYLE, LEARNER = "penguin", "bird", "<pal>", "noto", "textual_inversion"
+SUBJECT, CLASS_NAME, TOKEN, STYLE, LEARNER = "penguin", "bird", "<pal>", "twemoji", "textual_inversion"
 ERASER_OPTIONS: dict[str, Any] = {"uce_preserve_scale": 0.3, "preserve_scale": 0.3}
 LEARNER_OPTIONS: dict[str, Any] = {
     "num_vectors": 4,

@@ -8,9 +8,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from eval.commands.demo import CLASS_NAME, LEARNER, LEARNER_OPTIONS, STYLE, SUBJECT, TOKEN
+from eval.method_cells import alone
 from eval.prompts import everything_else, objects, single
 from eval.rates import Painter, background_right, object_right, retained, share, target_accuracy
-from toolkit.concepts import Concept, EraseTask
+from eval.subjects import subject
+from toolkit.concepts import Concept, CustomizeTask, EraseTask
 from toolkit.io.export import export
 from toolkit.model import Model
 from toolkit.registry import load
@@ -59,6 +62,20 @@ def test_an_erased_object_goes_and_the_others_stay(
     assert target_accuracy(by_name, {ERASED}).value <= 0.2
     assert target_accuracy(by_synonym, {ERASED}).value <= 0.25
     assert retained(before[1], kept).objects.value >= 0.85
+
+
+@pytest.mark.slow
+def test_a_learnt_subject_is_drawn_and_the_others_stay(world: World, emoji: Model, painter: Painter, tmp_path: Path) -> None:
+    """Far from the bar of 60 %, which is missed: see docs/methods.md. This is what a broken one does not reach."""
+    learner = load("method", LEARNER).from_config(LEARNER_OPTIONS)
+    edit = learner.fit(emoji, CustomizeTask((subject(world, tmp_path, SUBJECT, CLASS_NAME, TOKEN, STYLE),)))
+    rest = objects(world, world.names("scored")[::3], 24)
+    by_class, before = painter.draw(emoji, alone(CLASS_NAME, SUBJECT, 16)), painter.draw(emoji, rest)
+    with emoji.attached(edit):
+        learnt, kept = painter.draw(emoji, alone(TOKEN, SUBJECT, 16)), painter.draw(emoji, rest)
+    assert target_accuracy(by_class, {SUBJECT}).value == 0
+    assert target_accuracy(learnt, {SUBJECT}).value >= 0.2
+    assert retained(before, kept).objects.value >= 0.95
 
 
 def draw(pipe: Any) -> np.ndarray:

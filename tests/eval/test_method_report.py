@@ -26,7 +26,7 @@ from toolkit.world.scenes import World
 
 CHOSEN = Chosen(OBJECTS, ANCHORED)
 READ_BY = {"version": "v", "threshold": 0.5, "steps": 1, "guidance": 5.0}
-SETTINGS = Settings("the command", 8, READ_BY, "m", {name: {} for name in (*ERASERS, LEARNER)}, 58, {"bell": 0.5})
+SETTINGS = Settings("the command", 8, READ_BY, "m", {name: {} for name in (*ERASERS, LEARNER)}, 62, {"bell": 0.5})
 Draw = Callable[[Cell, Prompt], Reading | None]
 
 
@@ -49,7 +49,7 @@ def clean(cell: Cell, prompt: Prompt) -> Reading | None:
     """A perfect edit."""
     background, erased = prompt.scene.background, set(cell.erased)
     if prompt.scene.style in erased:
-        return reading(dict(prompt.scene.items), cell.anchor or "fluent 3d", background)
+        return reading(dict(prompt.scene.items), cell.anchor or "fluent flat", background)
     if not erased & set(prompt.names):
         return None
     return reading({"center": cell.anchor} if cell.anchor else {}, prompt.scene.style or "noto", background)
@@ -75,7 +75,7 @@ def test_the_lists_hold_well_spread_scored_objects(world: World) -> None:
 def test_the_tasks_are_the_ones_asked_for(world: World, cells: list[Cell]) -> None:
     assert len({cell.name for cell in cells}) == len(cells) == SETTINGS.cells
     count = Counter((cell.method, cell.section) for cell in cells)
-    each = {"objects": 12, "anchored": 2, "group": 1, "styles": 4}
+    each = {"objects": 12, "anchored": 2, "group": 1, "styles": 6}
     assert count == {(m, s): k for m in ERASERS for s, k in each.items()} | {("rece", "bare"): 12, (LEARNER, "subjects"): 8}
     goals = {cell.name: cell.goal for cell in cells if isinstance(cell.goal, EraseTask)}
     wanted = ("uce-pistol", "rece-pistol-without-synonyms", "uce-weapon", "rece-noto-to-nothing")
@@ -180,7 +180,7 @@ def test_a_run_goes_on_where_it_was(command: Callable[..., tuple[int, int]], tmp
     files = {path: path.read_bytes() for path in (tmp_path / "work").iterdir()}
     assert code == 0 and drawn > 0 and len(files) == 3
     text = (tmp_path / "docs" / "page.md").read_text()
-    assert "2 objects, each alone: drawn by name" in text and "56 of 58 tasks are not measured" in text
+    assert "2 objects, each alone: drawn by name" in text and "60 of 62 tasks are not measured" in text
     with monkeypatch.context() as forbidden:
         forbidden.setattr(Bench, "measure", lambda *_: pytest.fail("measured again"))
         assert command("--only", "uce-gem") == (0, 0)
