@@ -181,6 +181,17 @@ class Architecture(ABC):
     def diffusers_lora_key(self, site: str) -> str:
         """The key prefix that diffusers' load_lora_weights reads for a site, e.g. "unet.mid_block....to_k"."""
 
+    @abstractmethod
+    def kohya_lora_keys(self, site: str) -> list[str]:
+        """The key prefixes that LoRA files of Kohya's tools have for a site, e.g. "lora_unet_mid_block_..._to_k".
+
+        The first is the one to write: sd-scripts, ComfyUI, A1111 and diffusers all read it. The others occur in files.
+        """
+
+    @abstractmethod
+    def kohya_lora_header(self) -> dict[str, str]:
+        """What the header of such a file says about the base model, in the terms of modelspec 1.0.1 and of sd-scripts."""
+
     @property
     def device(self) -> torch.device:
         """Where inputs go: where the parts are, or the accelerator that offloaded parts visit in turn."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -24,6 +24,7 @@ from toolkit.errors import UserError
 from toolkit.io.files import replacing_folder
 
 LORA_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+V2_TEXT_WIDTH = 1024  # of the text encoder of Stable Diffusion 2; that of 1 has 768
 TEXT_PREFIX = "text_model."  # part of the names in checkpoints; transformers >= 5.6 leaves it out of its module names
 
 TINY_TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -60,6 +61,7 @@ class SD(Architecture):
 
     name = "sd"
     pipelines = ("StableDiffusionPipeline",)
+    kohya_parts: ClassVar[dict[str, str]] = {"denoiser": "lora_unet", "text_encoder": "lora_te"}
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -205,11 +207,30 @@ class SD(Architecture):
     # --- other people's formats ---------------------------------------------------------------------------------
     def diffusers_lora_key(self, site: str) -> str:
         component, _, path = site.partition(".")
-        return f"unet.{path}" if component == "denoiser" else f"{component}.{TEXT_PREFIX}{path}"
+        return f"unet.{path}" if component == "denoiser" else f"{component}.{_prefixed(path)}"
+
+    def kohya_lora_keys(self, site: str) -> list[str]:
+        component, _, path = site.partition(".")
+        # diffusers' own converter writes our path for text encoders, without the prefix that the other tools look for
+        paths = dict.fromkeys((self.diffusers_lora_key(site).partition(".")[2], path))
+        return [f"{self.kohya_parts[component]}_{path.replace('.', '_')}" for path in paths]
+
+    def kohya_lora_header(self) -> dict[str, str]:
+        velocity = self.prediction_type == "v_prediction"
+        is_v2 = self.pipe.unet.config.cross_attention_dim == V2_TEXT_WIDTH
+        name = ("stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512") if is_v2 else "stable-diffusion-v1"
+        return {
+            "modelspec.architecture": f"{name}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.resolution": f"{self.image_size}x{self.image_size}",
+            "modelspec.prediction_type": "v" if velocity else "epsilon",
+            "ss_base_model_version": f"sd_v{2 if is_v2 else 1}{'_v' if velocity else ''}",
+            "ss_v2": str(is_v2),
+        }
 
 
 def _prefixed(key: str) -> str:
-    """A text encoder's parameter name as it is in checkpoints."""
+    """The name of a text encoder's parameter or module as it is in checkpoints."""
     return key if key.startswith((TEXT_PREFIX, "text_projection")) else TEXT_PREFIX + key
 
 

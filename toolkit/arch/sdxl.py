@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from toolkit.arch.base import Text, from_pretrained
-from toolkit.arch.sd import SD, TEXT_PREFIX, TINY_NOISE, TINY_TEXT, TINY_UNET, TINY_VAE, tiny_text_config, tiny_tokenizer
+from toolkit.arch.sd import SD, TINY_NOISE, TINY_TEXT, TINY_UNET, TINY_VAE, tiny_text_config, tiny_tokenizer
 
 TINY_TEXT_2: dict[str, Any] = {**TINY_TEXT, "hidden_size": 40, "projection_dim": 24, "hidden_act": "gelu"}
 TINY_SIZES = 8  # width of the encoding of each of the six numbers about an image's size
@@ -25,6 +25,7 @@ class SDXL(SD):
 
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
+    kohya_parts: ClassVar = {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -104,6 +105,52 @@ class SDXL(SD):
         return output.to(latents.dtype)
 
     # --- other people's formats ---------------------------------------------------------------------------------
-    def diffusers_lora_key(self, site: str) -> str:
+    def kohya_lora_keys(self, site: str) -> list[str]:
+        keys = super().kohya_lora_keys(site)
         component, _, path = site.partition(".")
-        return f"{component}.{path}" if path.startswith(TEXT_PREFIX) else super().diffusers_lora_key(site)
+        if component != "denoiser":
+            return keys
+        original = original_name(path, self.pipe.unet.config.layers_per_block)
+        return [f"{self.kohya_parts[component]}_{original.replace('.', '_')}", *keys]
+
+    def kohya_lora_header(self) -> dict[str, str]:
+        return {
+            **super().kohya_lora_header(),
+            "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "ss_v2": "False",
+        }
+
+
+ORIGINAL_KINDS = ("resnets", "attentions", "upsamplers")  # their order within a block of the original model
+ORIGINAL_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+ORIGINAL_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+
+
+def original_name(path: str, layers: int) -> str:
+    """The name that a layer of the UNet has in Stability's own code, on which Kohya's tools build for this family.
+
+    That code numbers its blocks through: each ResNet with its attention is one, and so is each downsampler; an upsampler
+    belongs to the block before it. layers: ResNets per down block; an up block has one more.
+    """
+    match path.split("."):
+        case ["down_blocks", block, "downsamplers", *_]:
+            return f"input_blocks.{(int(block) + 1) * (layers + 1)}.0.op"
+        case ["down_blocks", block, kind, number, *rest]:
+            start = f"input_blocks.{int(block) * (layers + 1) + int(number) + 1}.{ORIGINAL_KINDS.index(kind)}"
+        case ["mid_block", kind, number, *rest]:
+            start = f"middle_block.{2 * int(number) + ORIGINAL_KINDS.index(kind)}"
+        case ["up_blocks", block, kind, number, *rest]:
+            within = layers if kind == "upsamplers" else int(number)
+            start = f"output_blocks.{int(block) * (layers + 1) + within}.{ORIGINAL_KINDS.index(kind)}"
+        case _:
+            return ORIGINAL_OUTSIDE[path]
+    return ".".join([start, *(ORIGINAL_RESNET.get(part, part) for part in rest)])

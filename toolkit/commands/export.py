@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ HELP = "write an edit as a LoRA, an embedding, plain deltas or a checkpoint"
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("edit_file", metavar="EDIT", help="FILE[@SCALE]")
-    parser.add_argument("--format", required=True, metavar="FORMAT", help="diffusers-lora, embedding, delta or checkpoint")
+    parser.add_argument("--format", required=True, metavar="FORMAT", help="diffusers-lora, kohya-lora, embedding, delta or checkpoint")
     parser.add_argument("--model", default="emoji-sd", help=MODEL_HELP)
     parser.add_argument("--out", required=True, metavar="PATH", help="folder to write into, or a .safetensors file")
     parser.set_defaults(edit=[])
@@ -26,9 +27,10 @@ def run(args: Namespace) -> dict[str, Any]:
     from toolkit.runs import check_writable
 
     check_format(args.format)
-    edit, scale = open_edit(args.edit_file)
+    base = functools.cache(lambda: open_model(args))
+    edit, scale = open_edit(args.edit_file, base)
     path = Path(args.out)
     check_writable(path.parent if path.suffix == ".safetensors" or args.format == "checkpoint" else path)
-    model = None if args.format == "embedding" else open_model(args)
+    model = None if args.format == "embedding" else base()
     files = export(edit if scale == 1.0 else Chain.of([edit], [scale]), args.format, path, model)
     return {"format": args.format, "files": [str(file) for file in files]}
