@@ -210,6 +210,9 @@ def test_mistakes(tiny: Model, tmp_path: Path) -> None:
     save_file({f"{name}.lora_A.weight": random(3, 32), **up}, path)
     with pytest.raises(UserError, match=r"check their ranks"):
         load_edit(path, tiny)
+    kohya = tiny.arch.kohya_lora_keys(SITE)[0]
+    twice = {f"{kohya}.lora_down.weight": random(2, 32), f"{kohya}.lora_up.weight": random(16, 2)}
+    assert f"has {SITE} under two names" in refused(path, down | up | twice, tiny)
     assert "no part of a LoRA" in refused(path, {**down, **up, f"{name}.lora_B.bias": random(16)}, tiny)
     assert "no part of a LoRA" in refused(path, {**down, f"{name}.lora_B.weight": random(16)}, tiny)
     for damaged in ("{", "[1]"):

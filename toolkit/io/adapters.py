@@ -134,6 +134,8 @@ def _low_rank(path: str, layers: Mapping[str, Layer], model: Model) -> LowRank:
     down: dict[str, Tensor] = {}
     for name, layer in layers.items():
         site, weight = sites[name]
+        if site in up:
+            raise UserError(f"{path!r} has {site} under two names, one of them {name}; remove either with the tool that wrote it")
         if len(layer.up) != len(weight) or layer.down[0].numel() != weight[0].numel():
             given, needed = [len(layer.up), *layer.down.shape[1:]], list(weight.shape)
             raise UserError(f"{path!r} changes {name} by {given}, that of {model.source} is {needed}; give the model that it is for")
