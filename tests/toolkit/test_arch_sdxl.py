@@ -62,6 +62,7 @@ def test_parts(arch: SDXL) -> None:
     assert all(linear.in_features == 72 for linear in arch.text_linears().values())
     keys = [arch.diffusers_lora_key(f"{part}.{path}.q_proj") for part, path in TEXT_LAYERS.items()]
     assert keys == [f"{part}.text_model.encoder.layers.0.self_attn.q_proj" for part in TEXT_LAYERS]
+    assert arch.diffusers_lora_key("text_encoder_2.text_projection") == "text_encoder_2.text_projection"
 
 
 TEXT_LAYERS = {

@@ -268,6 +268,18 @@ class Architecture(ABC):
         So it is named in LoRA files for load_lora_weights, and in the checkpoints of a diffusers folder.
         """
 
+    def kohya_lora_keys(self, site: str) -> list[str]:
+        """The key prefixes that LoRA files of Kohya's tools have for a site, e.g. "lora_unet_mid_block_..._to_k".
+
+        The first is the one to write: sd-scripts, ComfyUI, A1111 and diffusers all read it. The others occur in files. None
+        is the default: such files are neither written nor read for this family.
+        """
+        return []
+
+    def kohya_lora_header(self) -> dict[str, str]:
+        """What the header of such a file says about the base model, in the terms of modelspec 1.0.1 and of sd-scripts."""
+        return {}
+
     @property
     def device(self) -> torch.device:
         """Where inputs go: where the parts are, or the accelerator that offloaded parts visit in turn."""

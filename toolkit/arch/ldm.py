@@ -90,15 +90,18 @@ class Layout:
         component, _, path = name.partition(".")
         prefix = self.prefixes[component]
         if component == "denoiser":
-            return Slot(prefix + _unet(path, unet))
+            return Slot(prefix + unet_key(path, unet))
         if component == "vae":
             return _vae(prefix, path, len(vae["up_block_types"]))
         path = path.removeprefix("text_model.")
         return _open_clip(prefix, path) if prefix.endswith(OPEN_CLIP) else Slot(f"{prefix}text_model.{path}")
 
 
-def _unet(path: str, config: Mapping[str, Any]) -> str:
-    """Blocks are numbered through, each layer with its attention, then a downsampler; an upsampler is in the last layer."""
+def unet_key(path: str, config: Mapping[str, Any]) -> str:
+    """What a UNet's parameter is called there, without the prefix. config: the UNet's.
+
+    Blocks are numbered through, each layer with its attention, then a downsampler; an upsampler is in the last layer.
+    """
     layers = config["layers_per_block"] + 1
     match path.split("."):
         case ["down_blocks", block, "downsamplers", _, _, kind]:

@@ -23,7 +23,7 @@ from toolkit.arch.single_file import from_single_file
 from toolkit.errors import UserError
 
 LORA_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-
+V2_TEXT_WIDTH = 1024  # of the text encoder of Stable Diffusion 2; that of 1 has 768
 LDM = {"denoiser": "model.diffusion_model.", "vae": "first_stage_model."}  # how keys begin in single files
 
 TINY_TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -65,6 +65,7 @@ class SD(Encoders):
         "sd1": {**LDM, "text_encoder": "cond_stage_model.transformer."},
         "sd2": {**LDM, "text_encoder": "cond_stage_model.model."},
     }
+    kohya_parts: ClassVar[dict[str, str]] = {"denoiser": "lora_unet", "text_encoder": "lora_te"}
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -163,6 +164,26 @@ class SD(Encoders):
         scheduler: Any = DPMSolverMultistepScheduler.from_config(config)
         scheduler.set_timesteps(steps, device=self.device)
         return scheduler
+
+    # --- other people's formats ---------------------------------------------------------------------------------
+    def kohya_lora_keys(self, site: str) -> list[str]:
+        component, _, path = site.partition(".")
+        # diffusers' own converter writes our path for text encoders, without the prefix that the other tools look for
+        paths = dict.fromkeys((self.diffusers_lora_key(site).partition(".")[2], path))
+        return [f"{self.kohya_parts[component]}_{path.replace('.', '_')}" for path in paths]
+
+    def kohya_lora_header(self) -> dict[str, str]:
+        velocity = self.prediction_type == "v_prediction"
+        is_v2 = self.pipe.unet.config.cross_attention_dim == V2_TEXT_WIDTH
+        name = ("stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512") if is_v2 else "stable-diffusion-v1"
+        return {
+            "modelspec.architecture": f"{name}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.resolution": f"{self.image_size}x{self.image_size}",
+            "modelspec.prediction_type": "v" if velocity else "epsilon",
+            "ss_base_model_version": f"sd_v{2 if is_v2 else 1}{'_v' if velocity else ''}",
+            "ss_v2": str(is_v2),
+        }
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

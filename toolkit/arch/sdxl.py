@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from toolkit.arch.base import Text, from_pretrained
+from toolkit.arch.ldm import unet_key
 from toolkit.arch.sd import LDM, SD, TINY_NOISE, TINY_TEXT, TINY_UNET, TINY_VAE, tiny_text_config, tiny_tokenizer
 from toolkit.arch.single_file import from_single_file
 
@@ -30,6 +31,7 @@ class SDXL(SD):
     single_files: ClassVar = {
         "sdxl": {**LDM, "text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."},
     }
+    kohya_parts: ClassVar = {"denoiser": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -92,3 +94,21 @@ class SDXL(SD):
         hidden = text.hidden.to(self.dtype)
         output = self.pipe.unet(latents.to(self.dtype), t, encoder_hidden_states=hidden, added_cond_kwargs=extra).sample
         return output.to(latents.dtype)
+
+    # --- other people's formats ---------------------------------------------------------------------------------
+    def kohya_lora_keys(self, site: str) -> list[str]:
+        keys = super().kohya_lora_keys(site)
+        component, _, path = site.partition(".")
+        if component != "denoiser":
+            return keys
+        original = unet_key(f"{path}.weight", self.pipe.unet.config).removesuffix(".weight")
+        return [f"{self.kohya_parts[component]}_{original.replace('.', '_')}", *keys]  # Kohya's tools build on the original names
+
+    def kohya_lora_header(self) -> dict[str, str]:
+        return {
+            **super().kohya_lora_header(),
+            "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "ss_v2": "False",
+        }

@@ -7,7 +7,9 @@ prints. Its heavy imports are inside `run`, so that `--help` and a mistake in th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +53,10 @@ def open_model(args: Namespace) -> Model:
         raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); give --device cpu") from None
     if args.offload and torch.device(device).type == "cpu":
         raise UserError("--offload moves parts between the CPU and an accelerator, and the device is cpu; leave it out")
-    edits = [open_edit(written) for written in args.edit]
-    model = load_model(args.model, device="cpu" if args.offload else device, dtype=args.dtype, strict=args.strict)
+    load = functools.partial(load_model, args.model, device="cpu" if args.offload else device, dtype=args.dtype, strict=args.strict)
+    base = functools.cache(load)  # loaded last, unless an edit needs it: a mistake in a file is told before
+    edits = [open_edit(written, base) for written in args.edit]
+    model = base()
     for edit, scale in edits:
         model.attach(edit, scale)
     if args.offload:
@@ -60,8 +64,11 @@ def open_model(args: Namespace) -> Model:
     return model
 
 
-def open_edit(written: str) -> tuple[Edit, float]:
-    """The edit and scale of FILE[@SCALE]; FILE may be the folder that a command wrote."""
+def open_edit(written: str, base: Callable[[], Model] | None = None) -> tuple[Edit, float]:
+    """The edit and scale of FILE[@SCALE]; FILE may be the folder that a command wrote, or another tool's file.
+
+    base: gives the model that the edit is for; called only when the file does not say all by itself.
+    """
     from toolkit.io.files import load_edit
 
     name, number, scale = written, "", 1.0
@@ -71,7 +78,7 @@ def open_edit(written: str) -> tuple[Edit, float]:
             scale = float(number)
         except ValueError:
             raise UserError(f"edit {written!r} has the scale {number!r}, needs a number; write FILE@0.5") from None
-    edit = load_edit(name)
+    edit = load_edit(name, base)
     if scale != 1.0 and (rigid := [part.kind() for part, _ in edit.parts() if not part.scalable]):
         raise UserError(f"edit {written!r} holds a {rigid[0]} edit, which cannot be scaled; leave @{number} out")
     return edit, scale

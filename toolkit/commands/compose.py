@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from toolkit.commands import open_edit, save_result
+from toolkit.commands import open_edit, open_model, save_result
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ HELP = "make one edit out of several, applied in this order"
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("edits", nargs="+", metavar="EDIT", help="FILE[@SCALE], two or more")
+    parser.add_argument("--model", help="what LoRA files of other tools are for; edits need none")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
+    parser.set_defaults(edit=[])
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -30,7 +33,8 @@ def run(args: Namespace) -> dict[str, Any]:
 
     if len(args.edits) < 2:
         raise UserError("one edit given, composing needs two or more; give another EDIT")
-    given = [open_edit(written) for written in args.edits]
+    base = functools.cache(lambda: open_model(args)) if args.model else None
+    given = [open_edit(written, base) for written in args.edits]
     for name, problem in _problems(args.edits, [edit for edit, _ in given]):
         if args.strict:
             raise UserError(f"{name} {problem}")
@@ -66,7 +70,8 @@ def _info(edits: Sequence[Edit]) -> Any:
     from toolkit.edits.base import EditInfo
 
     parts = [{"method": edit.info.method, "config": dict(edit.info.config)} for edit in edits]
-    return EditInfo(method="compose", base=edits[0].info.base, notes={"parts": parts})
+    base = next((edit.info.base for edit in edits if edit.info.base), {})  # other tools' files do not say theirs
+    return EditInfo(method="compose", base=base, notes={"parts": parts})
 
 
 def _problems(names: Sequence[str], edits: Sequence[Edit]) -> list[tuple[str, str]]:

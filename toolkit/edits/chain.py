@@ -30,7 +30,7 @@ class Chain(Edit):
 
     mergeable: ClassVar[bool] = True
     scalable: ClassVar[bool] = True
-    exports: ClassVar[tuple[str, ...]] = ("diffusers-lora", "embedding", "delta", "checkpoint")
+    exports: ClassVar[tuple[str, ...]] = ("diffusers-lora", "kohya-lora", "embedding", "delta", "checkpoint")
 
     def __post_init__(self) -> None:
         scales = self.scales or (1.0,) * len(self.edits)

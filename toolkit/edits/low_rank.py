@@ -1,4 +1,4 @@
-"""Low-rank changes of linear layers."""
+"""Low-rank changes of linear layers and convolutions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from toolkit.edits.base import Edit, EditInfo, frozen, read_by
 from toolkit.errors import UserError, unknown
 
+WEIGHT_NDIMS = (2, 4)  # of a linear layer and of a convolution
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Edit):
@@ -20,6 +22,8 @@ class LowRank(Edit):
     up: site -> [out, r]. down: site -> [r, in]. dense: site -> [out, in]. A site is in `dense` or in both others. Sites
     may share one `down` tensor object; the file then holds it once (a closed-form edit W0 + W0 U V shares V among all
     layers that read the same text, so that only W0 U is stored for each).
+
+    For a convolution `in` stands for three axes, [in, rows, columns]: `down` convolves, `up` mixes its r channels.
 
     File: `down.<i>` are the distinct down factors, `up.<i>.<site>` the up factor of a site that uses the i-th,
     `dense.<site>` the rest.
@@ -33,18 +37,18 @@ class LowRank(Edit):
 
     mergeable: ClassVar[bool] = True
     scalable: ClassVar[bool] = True
-    exports: ClassVar[tuple[str, ...]] = ("diffusers-lora", "delta", "checkpoint")
+    exports: ClassVar[tuple[str, ...]] = ("diffusers-lora", "kohya-lora", "delta", "checkpoint")
 
     def __post_init__(self) -> None:
         if self.up.keys() != self.down.keys():
             raise UserError(f"sites {sorted(self.up.keys() ^ self.down.keys())} have one factor of two; give both up and down")
         for site, up in self.up.items():
             down = self.down[site]
-            if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+            if up.ndim != 2 or down.ndim not in WEIGHT_NDIMS or up.shape[1] != down.shape[0]:
                 given = f"up {tuple(up.shape)} and down {tuple(down.shape)}"
                 raise UserError(f"factors of {site} are {given}, need [out, r] and [r, in]; check their ranks and order")
         for site, dense in self.dense.items():
-            if dense.ndim != 2 or site in self.up:
+            if dense.ndim not in WEIGHT_NDIMS or site in self.up:
                 raise UserError(f"dense change of {site} is {tuple(dense.shape)}, need one [out, in] and no factors beside it")
 
     # --- making one ---------------------------------------------------------------------------------------------
@@ -63,9 +67,9 @@ class LowRank(Edit):
         for sites in groups.values():
             down = factors[sites[0]][1]
             out = sum(len(factors[site][0]) for site in sites)
-            rank, columns = down.shape
+            rank, columns = len(down), down[0].numel()
             if out * columns <= (out + columns) * rank:
-                dense |= {site: frozen(factors[site][0] @ down) for site in sites}
+                dense |= {site: frozen(torch.tensordot(factors[site][0], down, dims=1)) for site in sites}
             else:
                 ups |= {site: frozen(factors[site][0]) for site in sites}
                 downs |= dict.fromkeys(sites, frozen(down))
@@ -145,7 +149,7 @@ class LowRank(Edit):
 
     def shape(self, name: str) -> tuple[int, ...]:
         site = self._site(name)
-        return tuple(self.dense[site].shape) if site in self.dense else (len(self.up[site]), self.down[site].shape[1])
+        return tuple(self.dense[site].shape) if site in self.dense else (len(self.up[site]), *self.down[site].shape[1:])
 
     def delta(self, site: str) -> Tensor:
         """[out, in] of a parameter name or a site."""
@@ -166,7 +170,7 @@ class LowRank(Edit):
         site = self._site(name)
         if site in self.dense:
             return self.dense[site].to(device).float()
-        return self.up[site].to(device).float() @ self.down[site].to(device).float()
+        return torch.tensordot(self.up[site].to(device).float(), self.down[site].to(device).float(), dims=1)
 
     def _site(self, name: str) -> str:
         site = name.removesuffix(".weight")
@@ -184,11 +188,11 @@ class LowRank(Edit):
 
 
 def svd_factors(delta: Tensor, *, rank: int | None = None, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(up [out, r], down [r, in]), float32, of the truncated SVD in float64 of a matrix [out, in].
+    """(up [out, r], down [r, in]), float32, of the truncated SVD in float64 of a change [out, in].
 
     rank: at most this many directions; None keeps the singular values above `tolerance` times the largest.
     """
-    u, s, vt = torch.linalg.svd(delta.detach().double(), full_matrices=False)
+    u, s, vt = torch.linalg.svd(delta.detach().double().flatten(1), full_matrices=False)
     r = max(1, int((s > tolerance * s[0]).sum())) if rank is None else min(rank, len(s))
     root = s[:r].sqrt()  # shared by both factors, so that neither is far outside what half precision holds
-    return (u[:, :r] * root).float(), (root[:, None] * vt[:r]).float()
+    return (u[:, :r] * root).float(), (root[:, None] * vt[:r]).float().view(r, *delta.shape[1:])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from toolkit.runs import replacing
 
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "lora.safetensors"
+TEXT_ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")  # of a text encoder
 ROW_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}  # as ComfyUI calls the encoders' rows
 FLUX_ROW_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
 
@@ -29,8 +32,9 @@ def export(edit: Edit, format: str, path: str | Path, model: Model | None = None
     """Write an edit in somebody else's format. Returns what was written.
 
     format and path: "diffusers-lora": a folder, or a .safetensors file, for `load_lora_weights` at scale 1.
-    "embedding": a folder with one file per token, or a .safetensors file for one token, for `load_textual_inversion` and
-    A1111. "delta": a .safetensors file of dense changes by diffusers' parameter names. "checkpoint": a diffusers folder.
+    "kohya-lora": the same for ComfyUI, A1111 and Kohya's sd-scripts, at strength 1; diffusers reads it too. "embedding": a
+    folder with one file per token, or a .safetensors file for one token, for `load_textual_inversion` and A1111.
+    "delta": a .safetensors file of dense changes by diffusers' parameter names. "checkpoint": a diffusers folder.
     model: the model that the edit is for; "embedding" needs none.
     """
     if format not in FORMATS:
@@ -51,7 +55,7 @@ def lora_state(low_rank: LowRank, arch: Architecture) -> tuple[dict[str, Tensor]
     ranks: dict[str, dict[str, int]] = {}
     for name in low_rank.sites():
         site = name.removesuffix(".weight")
-        up, down = low_rank.factors(site)
+        up, down = _lora_layer(low_rank, site)
         key = arch.diffusers_lora_key(site)
         state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"] = down, up
         module = site.partition(".")[2]  # without a prefix, so that it matches in every version of the loaders
@@ -65,12 +69,68 @@ def lora_state(low_rank: LowRank, arch: Architecture) -> tuple[dict[str, Tensor]
     return state, metadata
 
 
-def _diffusers_lora(edit: Edit, path: Path, model: Model) -> list[Path]:
+def kohya_lora_state(low_rank: LowRank, arch: Architecture) -> dict[str, Tensor]:
+    """The tensors of a LoRA file for Kohya's tools.
+
+    alpha is the rank, so that strength 1 is exact. Where layers differ in rank all of a component get its largest as
+    alpha, made up for in `lora_up`, because diffusers applies one alpha to all layers.
+    """
+    factors = {site: _lora_layer(low_rank, site) for site in (name.removesuffix(".weight") for name in low_rank.sites())}
+    if not all(map(arch.kohya_lora_keys, factors)):
+        raise UserError(f"kohya-lora is not written for {arch.name} models; export it as diffusers-lora, which ComfyUI loads too")
+    alphas: dict[str, int] = {}
+    for site, (_, down) in factors.items():
+        component = site.partition(".")[0]
+        alphas[component] = max(alphas.get(component, 0), len(down))
+    for site in [site for site in factors if site.endswith(TEXT_ATTENTION)]:
+        attention, _, _ = site.rpartition(".")
+        up, down = factors[site]
+        for name in TEXT_ATTENTION:  # A1111 reads these four together or not at all; diffusers looks for the last one
+            factors.setdefault(attention + name, (torch.zeros_like(up[:, :1]), torch.zeros_like(down[:1])))
+    state: dict[str, Tensor] = {}
+    for site, (up, down) in factors.items():
+        key, alpha = arch.kohya_lora_keys(site)[0], alphas[site.partition(".")[0]]
+        state[f"{key}.lora_up.weight"] = up * (len(down) / alpha)
+        state[f"{key}.lora_down.weight"] = down
+        state[f"{key}.alpha"] = torch.tensor(float(alpha))
+    return state
+
+
+def _lora_layer(low_rank: LowRank, site: str) -> tuple[Tensor, Tensor]:
+    """(up, down) as modules have them: [out, r] and [r, in], or [out, r, 1, 1] and [r, in, rows, columns]."""
+    up, down = low_rank.factors(site)
+    return up.view(*up.shape, *[1] * (down.ndim - 2)), down
+
+
+def _merged(edit: Edit) -> LowRank:
+    """The sum of an edit's parts."""
     parts = [(part, scale) for part, scale in edit.parts() if isinstance(part, LowRank)]
-    merged = LowRank.merge([part for part, _ in parts], [scale for _, scale in parts])
-    state, metadata = lora_state(merged, model.arch)
+    return LowRank.merge([part for part, _ in parts], [scale for _, scale in parts])
+
+
+def _diffusers_lora(edit: Edit, path: Path, model: Model) -> list[Path]:
+    state, metadata = lora_state(_merged(edit), model.arch)
     file = path if path.suffix == ".safetensors" else path / LORA_FILE
     return [_save(state, file, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)})]
+
+
+def _kohya_lora(edit: Edit, path: Path, model: Model) -> list[Path]:
+    state = kohya_lora_state(_merged(edit), model.arch)
+    file = path if path.suffix == ".safetensors" else path / KOHYA_FILE
+    rank = str(max(len(tensor) for name, tensor in state.items() if name.endswith(".lora_down.weight")))
+    words = edit.info.triggers
+    metadata = {
+        **model.arch.kohya_lora_header(),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": file.stem,
+        **({"modelspec.trigger_phrase": ", ".join(words)} if words else {}),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_output_name": file.stem,
+        "ss_tag_frequency": json.dumps({file.stem: dict.fromkeys(words, 1)} if words else {}),
+    }
+    return [_save(state, file, {"format": "pt", **metadata})]
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
@@ -122,6 +182,7 @@ def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> Pat
 
 FORMATS: dict[str, Callable[[Edit, Path, Any], list[Path]]] = {
     "diffusers-lora": _diffusers_lora,
+    "kohya-lora": _kohya_lora,
     "embedding": _embedding,
     "delta": _delta,
     "checkpoint": _checkpoint,

@@ -11,10 +11,10 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,9 @@ from toolkit import registry
 from toolkit.edits.base import Edit, EditInfo
 from toolkit.errors import UserError
 from toolkit.runs import replacing
+
+if TYPE_CHECKING:
+    from toolkit.model import Model
 
 FORMAT = 1
 HEADER = "palimpsest"
@@ -45,8 +48,12 @@ def save_edit(edit: Edit, path: str | Path) -> Path:
     return path
 
 
-def load_edit(path: str | Path) -> Edit:
+def load_edit(path: str | Path, model: Model | Callable[[], Model] | None = None) -> Edit:
     """Read an edit from its file, or from the folder that a command wrote it to.
+
+    Files of other tools are read too: LoRAs (diffusers', Kohya's) as low-rank edits, textual-inversion embeddings as token
+    edits. Unlike an edit, a LoRA says where it belongs in terms of a model that the reader must have: such a file needs `model`
+    (or a function that gives it, which is called for such a file only), and becomes an edit of exactly that model's layers.
 
     A pickle, a damaged file, another kind of file, or one of a format that this version does not know is a UserError.
     """
@@ -54,7 +61,7 @@ def load_edit(path: str | Path) -> Edit:
     if path.is_dir():
         path = path / FILE_NAME
     if not path.is_file():
-        raise UserError(f"no edit file {str(path)!r}; give the .safetensors file that erase, customize or compose wrote")
+        raise UserError(f"no edit file {str(path)!r}; give the .safetensors file that erase, customize, compose or another tool wrote")
     if path.suffix in PICKLES:
         raise UserError(f"{str(path)!r} is a pickle, which can run code when it is loaded; give a .safetensors file")
     try:
@@ -63,12 +70,14 @@ def load_edit(path: str | Path) -> Edit:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is no dict)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(path)!r} is damaged or no safetensors file ({error}); fit or download it again") from error
-    return _read(str(path), metadata, tensors)
+    if HEADER in metadata:
+        return _read(str(path), metadata, tensors)
+    from toolkit.io.adapters import read_adapter  # which knows architectures; those use this file
+
+    return read_adapter(str(path), metadata, tensors, model)
 
 
 def _read(path: str, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Edit:
-    if HEADER not in metadata:
-        raise UserError(f"{path!r} is a safetensors file but no edit; give one that erase, customize or compose wrote")
     try:
         header: dict[str, Any] = json.loads(metadata[HEADER])
         version, kind, info, digest = (header[key] for key in ("format", "kind", "info", "digest"))
