@@ -62,7 +62,8 @@ def test_methods_lists_every_method_with_its_keys(capsys: pytest.CaptureFixture[
     rows = call(capsys, "methods")["methods"]
     assert [row["name"] for row in rows] == registry.names("method")
     uce = next(row for row in rows if row["name"] == "uce")
-    assert uce == {"name": "uce", "kind": "erase", "architectures": ["sd"], "paper": uce["paper"], "training_free": True}
+    families = ["sd", "sdxl", "sd3", "flux"]
+    assert uce == {"name": "uce", "kind": "erase", "architectures": families, "paper": uce["paper"], "training_free": True}
     assert main(["methods"]) == 0
     assert "uce" in capsys.readouterr().out
 
