@@ -138,7 +138,8 @@ def solve_and_factor(shaped: Shaped, source: Tensor, target: Tensor, keep: Tenso
 def rece(shaped: Shaped, source: Tensor, target: Tensor, epochs: int) -> None:
     """What `rece` does after its prompts are encoded: one prompt of 77 tokens towards the empty one."""
     method = RECE(epochs=epochs)
-    rows = TaskRows(((Placed(source, 5, 6), Placed(target, 1, 1)),), (), target)
+    empty = Placed(target, 1, 1, ids=(0, 1))
+    rows = TaskRows(((Placed(source, 5, 6, ids=tuple(range(7))), empty),), (), (empty,))
     as_edit(shaped.model, method, {"hidden": method.epochs_of(rows, shaped.linears)[-1]})
 
 

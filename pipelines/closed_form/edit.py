@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from toolkit.edits.base import EditInfo
 from toolkit.edits.low_rank import LowRank
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from toolkit.method import Method
     from toolkit.model import Model
     from toolkit.solve import Change
+
+_ROWS = 256  # rows of a weight in float64 at a time
 
 
 def as_edit(model: Model, method: Method, changes: Mapping[str, Change], notes: Mapping[str, Any] | None = None) -> LowRank:
@@ -29,8 +32,13 @@ def as_edit(model: Model, method: Method, changes: Mapping[str, Change], notes: 
         for site, linear in stream.linears.items():
             change = changes.get(site, changes.get(name))
             if change is not None and (d := small[id(change)]).rank:
-                factors[site] = linear.weight.to(d.u.device).double() @ d.u, d.v
+                factors[site] = _times(linear.weight.to(d.u.device), d.u), d.v
     if not factors:
         raise UserError("the edit changes nothing: every concept encodes like its anchor; name another anchor")
     on = tuple(edit.info.method or edit.kind() for edit, _ in model.edits)
     return LowRank.from_factors(factors, EditInfo(method.name(), method.config(), model.fingerprint, on, notes=notes or {}))
+
+
+def _times(weight: Tensor, u: Tensor) -> Tensor:
+    """weight @ u in float64, a few rows at a time: a float64 copy of all of them would take longer than the product."""
+    return torch.cat([rows.double() @ u for rows in weight.detach().split(_ROWS)])
