@@ -231,7 +231,7 @@ def with_prior(concepts: int, repeat: int) -> Result:
         f"SD 1.4, {concepts:,} concepts, all rows, prior of {CAPTIONS:,} captions",
         timed(lambda: solve_and_factor(shaped, source, target, captions[:TOKENS], 0.1 * second_moment(captions)), repeat),
         one_pass(shaped, repeat),
-        2.0 * shaped.width**2 * (2 * rows + len(captions)) + 2.0 * shaped.numbers * shaped.width,
+        shaped.width**2 * (3.0 * rows + len(captions)) + 2.0 * shaped.numbers * shaped.width,  # of second moments one triangle
         reference(shaped, source.split(TOKENS - 1), target.split(TOKENS - 1), captions.split(TOKENS)),
         faster_at_least=20,
     )
