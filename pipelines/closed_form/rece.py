@@ -53,7 +53,7 @@ class RECE(Method):
         and without one the last epoch is taken. Several concepts are derived from the same weights and moved in one
         solve per epoch, as in the official code. With `again`, our default, the concept's own rows are moved in every
         epoch beside the derived ones: nothing in the objective holds them where UCE put them, and on the embedded model
-        they come back without it (6 of 12 prompts for a pistol draw one, after UCE alone 0). Everything is solved in
+        they come back without it (19 of 24 prompts for a pistol draw one, after UCE alone or with it 0). Everything is solved in
         float64.
     """
 
