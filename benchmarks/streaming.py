@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.toolkit.ldm import real_parts, real_shapes
+from tests.toolkit.ldm import real_layout, real_shapes
+from toolkit.arch.sdxl import SDXL
 from toolkit.edits.base import EditInfo
 from toolkit.edits.low_rank import LowRank
 from toolkit.io.stream import write_checkpoint
 
-READS_TEXT = ("attn2.to_k.weight", "attn2.to_v.weight")
 CHUNK = np.random.default_rng(0).standard_normal(2**23, dtype=np.float32).astype(np.float16).tobytes()
 
 
@@ -64,13 +64,13 @@ def main() -> None:
 def write_model(path: Path, fraction: float) -> set[str]:
     """Write the random checkpoint. Returns the parameter names of the layers that read text which it holds."""
     shapes = real_shapes("sdxl")
-    parts, layout = real_parts("sdxl")
-    names = [f"denoiser.{name}" for name, _ in parts["denoiser"].named_parameters() if name.endswith(READS_TEXT)]
+    layout = real_layout("sdxl")
+    names = [f"{site}.weight" for site in SDXL.hollow(layout.configs).text_linears()]
     slots = layout.slots(names[: round(fraction * len(names))])
-    chosen = {slot.key for slot in slots.values()}
+    chosen, reading = ({slot.key for slot in each.values()} for each in (slots, layout.slots(names)))
     room = fraction * sum(map(numel, shapes.values())) - sum(numel(shapes[key]) for key in chosen)
     needed = [next(key for key in shapes if key.startswith(prefix)) for prefix in layout.prefixes.values()]
-    for key in dict.fromkeys((*needed, *(key for key in shapes if not key.endswith(READS_TEXT)))):
+    for key in dict.fromkeys((*needed, *(key for key in shapes if key not in reading))):
         if key in needed or numel(shapes[key]) <= room:
             chosen.add(key)
             room -= numel(shapes[key])
@@ -89,9 +89,9 @@ def write_model(path: Path, fraction: float) -> set[str]:
 
 def random_edit(names: set[str], rank: int, based: bool) -> LowRank:
     """A low-rank edit of these layers of Stable Diffusion XL."""
-    shapes = {f"denoiser.{name}": value.shape for name, value in real_parts("sdxl")[0]["denoiser"].named_parameters()}
+    layers = SDXL.hollow(real_layout("sdxl").configs).text_linears()
     down = torch.randn(rank, 2048) / 45
-    factors = {name.removesuffix(".weight"): (torch.randn(shapes[name][0], rank) / 45, down) for name in sorted(names)}
+    factors = {site: (torch.randn(layer.out_features, rank) / 45, down) for site, layer in layers.items() if f"{site}.weight" in names}
     warnings.simplefilter("ignore")  # it was fitted on nothing
     return LowRank.from_factors(factors, EditInfo(base={"architecture": "sdxl"} if based else {}))
 

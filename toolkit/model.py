@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from toolkit import registry
 from toolkit.arch.base import Architecture
 from toolkit.arch.single_file import recognise
-from toolkit.edits.base import Edit, not_mergeable
+from toolkit.edits.base import Edit, EditInfo, not_mergeable
 from toolkit.errors import UserError, unknown
 from toolkit.fingerprint import fingerprint, same_base
 from toolkit.io.files import PICKLES
+
+if TYPE_CHECKING:
+    from toolkit.method import Method
 
 EMBEDDED = Path(__file__).parent / "world" / "assets" / "emoji-sd"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -61,6 +64,11 @@ class Model:
     def guidance(self) -> float:
         """The guidance scale when none is given: 2 for the embedded model, which larger ones spoil, else its family's."""
         return 2.0 if self.source == "emoji-sd" else self.arch.default_guidance
+
+    def info(self, method: Method, triggers: Sequence[str] = (), notes: Mapping[str, Any] | None = None) -> EditInfo:
+        """Where an edit comes from that a method fits to this model as it is now."""
+        on = tuple(edit.info.method or edit.kind() for edit, _ in self.edits)
+        return EditInfo(method.name(), method.config(), self.fingerprint, on, tuple(triggers), notes or {})
 
     # --- edits --------------------------------------------------------------------------------------------------
     @property

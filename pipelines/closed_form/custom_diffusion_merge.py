@@ -14,7 +14,7 @@ from pipelines.closed_form.merging import text_parts, to_merge
 from pipelines.closed_form.prior import PRIOR_HELP, ROWS_HELP, PriorRows, caption_prior
 from pipelines.closed_form.rows import Placed, Templates, encode, encode_concept
 from toolkit.concepts import MergeTask, Task
-from toolkit.edits.base import Edit, EditInfo
+from toolkit.edits.base import Edit
 from toolkit.edits.chain import Chain
 from toolkit.edits.delta import Delta
 from toolkit.edits.low_rank import LowRank
@@ -105,9 +105,7 @@ class CustomDiffusionMerge(Method):
                 f"{what}: they ask for different things at like rows; give each its own words, or another tolerance", stacklevel=2
             )
         triggers = tuple(dict.fromkeys(word for edit, _ in pairs for word in edit.info.triggers))
-        on = tuple(edit.info.method or edit.kind() for edit, _ in model.edits)
-        notes = {**prior.notes, "error": max(errors)}
-        info = EditInfo(self.name(), self.config(), model.fingerprint, on, triggers, notes)
+        info = model.info(self, triggers, {**prior.notes, "error": max(errors)})
         merged = LowRank.from_factors(factors, info)
         return Chain.of([*words, merged], info=info) if words else merged
 

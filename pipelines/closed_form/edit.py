@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from toolkit.edits.base import EditInfo
 from toolkit.edits.low_rank import LowRank
 from toolkit.errors import UserError
 
@@ -35,8 +34,7 @@ def as_edit(model: Model, method: Method, changes: Mapping[str, Change], notes: 
                 factors[site] = _times(linear.weight.to(d.u.device), d.u), d.v
     if not factors:
         raise UserError("the edit changes nothing: every concept encodes like its anchor; name another anchor")
-    on = tuple(edit.info.method or edit.kind() for edit, _ in model.edits)
-    return LowRank.from_factors(factors, EditInfo(method.name(), method.config(), model.fingerprint, on, notes=notes or {}))
+    return LowRank.from_factors(factors, model.info(method, notes=notes))
 
 
 def _times(weight: Tensor, u: Tensor) -> Tensor:

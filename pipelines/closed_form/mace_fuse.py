@@ -90,9 +90,8 @@ class MACEFuse(Method):
                 for part, scale in each
             ]
             factors |= _fused(parts, list(stream.linears))
-        on = tuple(edit.info.method or edit.kind() for edit, _ in model.edits)
         triggers = tuple(dict.fromkeys(word for edit, _ in pairs for word in edit.info.triggers))
-        return LowRank.from_factors(factors, EditInfo(self.name(), self.config(), model.fingerprint, on, triggers, prior.notes))
+        return LowRank.from_factors(factors, model.info(self, triggers, prior.notes))
 
     @classmethod
     def example_task(cls, model: Model) -> MergeTask:

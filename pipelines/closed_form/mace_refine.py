@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pipelines.closed_form.edit import as_edit
-from pipelines.closed_form.prior import PRIOR_HELP, ROWS, ROWS_HELP, SCALE, SCALE_HELP, PriorRows, caption_prior
-from pipelines.closed_form.rows import KeepChoice, Nothing, Templates, encode_task, erase_task
+from pipelines.closed_form.prior import PRIOR_HELP, ROWS, ROWS_HELP, SCALE, SCALE_HELP, PriorRows
+from pipelines.closed_form.rows import KeepChoice, Nothing, Templates
+from pipelines.closed_form.uce import UCE
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.method import Method, Score, option
-from toolkit.solve import closed_form
 
 if TYPE_CHECKING:
     from toolkit.edits.low_rank import LowRank
@@ -130,19 +130,9 @@ class MACERefine(Method):
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once. There is nothing to choose among, so `score` is not called."""
-        task = erase_task(task)
-        prior = caption_prior(model.arch, self.prior, self.prior_rows, self.prior_scale, task.concepts)
-        changes = {
-            stream: closed_form(
-                *text.moved("matched"),
-                text.keep(self.preserve_rows),
-                preserve_scale=self.preserve_scale,
-                lamb=self.lamb,
-                prior=prior.moments.get(stream),
-            )
-            for stream, text in encode_task(model.arch, task, self.nothing, TEMPLATES).items()
-        }
-        return as_edit(model, self, changes, prior.notes)
+        shared = {name: getattr(self, name) for name in self.config()}  # its options are among UCE's
+        changes, notes = UCE(rows="matched", **shared).solve(model, task, TEMPLATES)
+        return as_edit(model, self, changes, notes)
 
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:

@@ -30,7 +30,7 @@ def text_parts(model: Model, edit: Edit, *kinds: type[Kind]) -> list[tuple[Kind,
     A part that changes other weights than those of the layers that read text, or one of another kind, is a UserError: the
     closed form says nothing about it.
     """
-    reading = {f"{site}.weight" for stream in model.arch.text_streams().values() for site in stream.linears}
+    reading = {f"{site}.weight" for site in model.arch.text_linears()}
     found = []
     for part, scale in edit.parts():
         what = f"{edit.info.method or edit.kind()} edit"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.closed_form.edit import as_edit
 from pipelines.closed_form.prior import PRIOR_HELP, ROWS, ROWS_HELP, SCALE, SCALE_HELP, PriorRows, caption_prior
-from pipelines.closed_form.rows import KeepChoice, Nothing, RowChoice, encode_task, erase_task
+from pipelines.closed_form.rows import KeepChoice, Nothing, RowChoice, Templates, encode_task, erase_task
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.method import Method, Score, option
-from toolkit.solve import closed_form
+from toolkit.solve import Change, closed_form
 
 if TYPE_CHECKING:
     from toolkit.edits.low_rank import LowRank
@@ -66,6 +67,11 @@ class UCE(Method):
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once. There is nothing to choose among, so `score` is not called."""
+        changes, notes = self.solve(model, task)
+        return as_edit(model, self, changes, notes)
+
+    def solve(self, model: Model, task: Task, own: Templates | None = None) -> tuple[dict[str, Change], Mapping[str, Any]]:
+        """Stream -> D, and what is to be noted of the captions. own: see `encode_task`."""
         task = erase_task(task)
         prior = caption_prior(model.arch, self.prior, self.prior_rows, self.prior_scale, task.concepts)
         changes = {
@@ -77,9 +83,9 @@ class UCE(Method):
                 lamb=self.lamb,
                 prior=prior.moments.get(stream),
             )
-            for stream, text in encode_task(model.arch, task, self.nothing).items()
+            for stream, text in encode_task(model.arch, task, self.nothing, own).items()
         }
-        return as_edit(model, self, changes, prior.notes)
+        return changes, prior.notes
 
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:

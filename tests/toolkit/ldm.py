@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from toolkit.arch.base import Architecture
 from toolkit.arch.ldm import Layout
@@ -72,18 +69,15 @@ def write_single_file(
 
 
 @functools.cache
+def real_layout(version: str) -> Layout:
+    """Where a single file keeps the parameters of a real model."""
+    return Layout(FAMILIES[version].single_files[version], CONFIGS / version)
+
+
 def real_parts(version: str) -> tuple[dict[str, nn.Module], Layout]:
     """The parts of a real model without memory for their parameters, and where a single file keeps them."""
-    layout = Layout(FAMILIES[version].single_files[version], CONFIGS / version)
-    with torch.device("meta"):
-        parts: dict[str, Any] = {
-            "denoiser": UNet2DConditionModel.from_config(layout.config("unet")),
-            "vae": AutoencoderKL.from_config(layout.config("vae")),
-        }
-        for name in (name for name in layout.prefixes if name.startswith("text_encoder")):
-            kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
-            parts[name] = kind(CLIPTextConfig.from_pretrained(layout.configs / name))
-    return parts, layout
+    layout = real_layout(version)
+    return FAMILIES[version].hollow(layout.configs).components(), layout
 
 
 def write_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path, **metadata: str) -> Path:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.concepts import CustomizeTask, Subject, Task
-from toolkit.edits.base import EditInfo
 from toolkit.errors import UserError
 from toolkit.method import Method, Score, option
 from toolkit.prompt_search import TokenRows
@@ -103,12 +102,11 @@ class TextualInversion(Method):
             mixed_precision=self.mixed_precision,
             seed=self.seed,
         )
-        on = tuple(edit.info.method or edit.kind() for edit, _ in model.edits)
         began = time.perf_counter()
         with TokenRows(model, start, vectors=self.num_vectors, seed=self.seed) as rows:
             losses = train(Denoising(model, rows, self, task.subjects), settings, title=self.name(), in_place=True, quiet=True)
         notes = {"seconds": round(time.perf_counter() - began, 3), "steps": len(losses), "loss": summary(losses)}
-        return rows.edit(EditInfo(self.name(), self.config(), model.fingerprint, on, tuple(start), notes))
+        return rows.edit(model.info(self, tuple(start), notes))
 
     @classmethod
     def example_task(cls, model: Model) -> CustomizeTask:
