@@ -1,5 +1,5 @@
 """What methods do to the embedded model, with fixed seeds. The margins are wide: they catch a method that is broken, and
-the measured numbers are those of docs/emoji-sd.md and of the page that `python -m eval.method_report` writes.
+the measured numbers are those of docs/emoji-sd.md and of the pages that `palimpsest bench` writes.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from eval.cells import alone
 from eval.commands.demo import CLASS_NAME, LEARNER, LEARNER_OPTIONS, STYLE, SUBJECT, TOKEN
-from eval.method_cells import alone
 from eval.prompts import everything_else, objects, single
 from eval.rates import Painter, background_right, object_right, retained, share, target_accuracy
 from eval.subjects import subject

@@ -1,4 +1,4 @@
-"""What the cells of `eval.method_cells` say when they are put together: rates pooled over tasks, against their bars."""
+"""What cells say when they are put together: rates pooled over tasks, against their bars."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from eval.cells import Cell
 from eval.intervals import NOTHING, Estimate, rate
-from eval.method_cells import BARE, STYLE_ANCHOR, Cell
 from eval.rates import (
     DRAWN_WELL,
     Retained,
@@ -28,7 +28,7 @@ from eval.world_report import Line
 POOLED, WORST, GIVEN, INSTEAD, ANCHOR_DRAWN, KEPT_POOLED, KEPT_WORST, LEARNT = 0.05, 0.15, 0.10, 0.90, 0.70, 0.95, 0.70, 0.60
 Test = Callable[[Shown], bool | None]
 BY_WORD = {"name": "by name", "given": "by given synonyms", "held_back": "by held-back synonyms"}
-OBJECT_SECTIONS = {"objects": "{} objects, each alone", "anchored": "{} objects with an anchor", "group": "weapons, in one task"}
+ENOUGH = 5  # images of one object, from which on it is looked at alone
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,20 @@ class Measured:
     kid: Sequence[float | None]
 
     def sides(self, label: str) -> tuple[list[Shown], list[Shown]]:
-        """The images of a label before and after; by words, only of concepts that the unedited model draws well."""
+        """The images of a label before and after; about erased objects, only of those that the unedited model draws well."""
         images = self.images.get(label, ())
-        if label in BY_WORD and self.cell.section == "group":
+        if self.cell.kind == "objects" and label != "kept" and "name" in self.images:
             counted = drawn_well([before for before, _ in self.images["name"]])
             images = [pair for pair in images if pair[0].prompt.names[0] in counted]
         return [before for before, _ in images], [after for _, after in images]
 
     @property
     def counts(self) -> bool:
-        """Whether the unedited model draws what is erased well enough (objects are chosen so)."""
-        before, _ = self.sides("name")
-        return self.cell.section != "styles" or share(before, self.drawn).value >= DRAWN_WELL
+        """Whether the unedited model draws what is erased well enough."""
+        if "name" not in self.images:
+            return True
+        before = [first for first, _ in self.images["name"]]
+        return share(before, self.drawn).value >= DRAWN_WELL if self.cell.kind == "styles" else bool(drawn_well(before))
 
     def drawn(self, shown: Shown) -> bool:
         """Whether something that was erased is drawn."""
@@ -131,33 +133,34 @@ def compared(what: str, results: Iterable[Measured], label: str, test: Test, bar
 
 # --- the bars ---------------------------------------------------------------------------------------------------------
 def rows(results: Sequence[Measured], method: str) -> list[Row]:
-    """A method's lines: every bar, and what belongs beside it."""
+    """A method's lines, section by section: every bar, and what belongs beside it."""
     sections: dict[str, list[Measured]] = {}
     for result in results:
         if result.cell.method == method and result.counts:
             sections.setdefault(result.cell.section, []).append(result)
     lines: list[Row] = []
-    for section, what in OBJECT_SECTIONS.items():
-        if found := sections.get(section):
-            title = what.format(len(found))
-            lines += [*erased_rows(title, found, GIVEN if method == BARE else None), *kept_rows(title, found)]
-    if found := sections.get("bare"):
-        lines += [drawn_row(f"{len(found)} objects, fitted without any synonym", found, label) for label in ("given", "held_back")]
-    for result in sections.get("styles", ()):
-        lines += style_rows(result)
-    if found := sections.get("subjects"):
-        lines += subject_rows(found)
+    for title, found in sections.items():
+        lines += {"objects": object_rows, "styles": style_section, "subjects": subject_rows}[found[0].cell.kind](title, found)
     return lines
 
 
-def erased_rows(title: str, found: Sequence[Measured], given: float | None) -> list[Row]:
-    """Objects that were erased: how often they are drawn, and what is drawn instead. given: the bar for given synonyms."""
+def object_rows(title: str, found: Sequence[Measured]) -> list[Row]:
+    """Erased objects; only what was drawn has a line."""
+    has = found[0].images.keys()
+    lines = erased_rows(title, found) if "name" in has else [drawn_row(title, found, label) for label in BY_WORD if label in has]
+    if "beside" in has:
+        lines += beside_rows(title, found)
+    return [*lines, *kept_rows(title, found)] if "kept" in has else lines
+
+
+def erased_rows(title: str, found: Sequence[Measured]) -> list[Row]:
+    """Objects that were erased: how often they are drawn, and what is drawn instead."""
     worst, first, most = drawn_most(found)
     background = relative(*pooled(found, "name"), background_right)
     lines = [
         drawn_row(title, found, "name", POOLED),
         Row(f"{title}: drawn by name, the worst ({worst})", most, WORST, below=True, before=first),
-        drawn_row(title, found, "given", given),
+        drawn_row(title, found, "given", GIVEN),
         drawn_row(title, found, "held_back"),
         Row(f"{title}: instead, background relative to before", background, INSTEAD),
         Row(f"{title}: instead, style relative to before (where anything is drawn)", instead_style(found), INSTEAD),
@@ -171,8 +174,9 @@ def erased_rows(title: str, found: Sequence[Measured], given: float | None) -> l
 def kept_rows(title: str, found: Sequence[Measured]) -> list[Row]:
     """Everything else. An object is looked at alone when there are several images of each."""
     lines = [Row(f"{title}: other objects kept", kept(found), KEPT_POOLED)]
-    if found[0].cell.section == "objects":
-        name, least = kept_objects(found).worst
+    objects = kept_objects(found)
+    if min((estimate.n for estimate in objects.per_object.values()), default=0) >= ENOUGH:
+        name, least = objects.worst
         lines.append(Row(f"{title}: the object kept least ({name})", least, KEPT_WORST))
     return [
         *lines,
@@ -187,39 +191,53 @@ def drawn_row(title: str, found: Sequence[Measured], label: str, bar: float | No
     return Row(f"{title}: drawn {BY_WORD[label]}", after, bar, below=True, before=before)
 
 
-def style_rows(result: Measured) -> list[Row]:
-    """An erased style: with an anchor against a bar, without one against the unedited model that is told no style."""
-    title, named = f"style {result.cell.task}", result.sides("name")
-    if result.cell.anchor:
-        lines = [
-            drawn_row(title, [result], "name", POOLED),
-            compared(f"{title}: drawn in {STYLE_ANCHOR}", [result], "name", lambda item: draws(item, {STYLE_ANCHOR})),
-        ]
-    else:
-        unnamed = still_drawn([result], "unnamed", 0)
-        lines = [drawn_row(f"{title}, against the unedited model that is told no style", [result], "name", unnamed.value)]
-    lines += [Row(f"{title}: {what} right, relative to before", relative(*named, test), INSTEAD) for what, test in ASKED_FOR.items()]
-    return [*lines, Row(f"{title}: objects in other styles kept", kept([result]), KEPT_POOLED)]
+def beside_rows(title: str, found: Sequence[Measured]) -> list[Row]:
+    """Two objects in one prompt, the first of them erased."""
+    before, after = pooled(found, "beside")
+    return [
+        Row(f"{title}: drawn beside another object", still_drawn(found, "beside"), below=True, before=still_drawn(found, "beside", 0)),
+        Row(f"{title}: the other one, relative to before", relative(before, after, other_drawn)),
+    ]
+
+
+def style_section(title: str, found: Sequence[Measured]) -> list[Row]:
+    """Erased styles one by one: with an anchor against a bar, without one against the unedited model that is told no style."""
+    lines = []
+    for result in found:
+        what, named, anchor = f"{title}, {result.cell.task}", result.sides("name"), result.cell.anchor
+        if anchor:
+            instead = compared(f"{what}: drawn in {anchor}", [result], "name", lambda item, anchor=anchor: draws(item, {anchor}))
+            lines += [drawn_row(what, [result], "name", POOLED), instead]
+        else:
+            unnamed = still_drawn([result], "unnamed", 0)
+            lines.append(drawn_row(f"{what}, against the unedited model that is told no style", [result], "name", unnamed.value))
+        lines += [Row(f"{what}: {asked} right, relative to before", relative(*named, test), INSTEAD) for asked, test in ASKED_FOR.items()]
+        lines.append(Row(f"{what}: objects in other styles kept", kept([result]), KEPT_POOLED))
+    return lines
 
 
 ASKED_FOR: dict[str, Test] = {"object": object_right, "background": background_right}
 
 
-def subject_rows(found: Sequence[Measured]) -> list[Row]:
+def subject_rows(title: str, found: Sequence[Measured]) -> list[Row]:
     """Subjects that were learnt, with the unedited model asked by the object's name beside it; and everything else."""
-    title = f"{len(found)} subjects"
     return [
         compared(f"{title}: drawn in new contexts", found, "alone", object_right, LEARNT),
-        compared(f"{title}: drawn beside another object", found, "beside", subject_drawn, LEARNT),
+        compared(f"{title}: drawn beside another object", found, "beside", first_drawn, LEARNT),
         compared(f"{title}: both drawn", found, "beside", object_right),
         compared(f"{title}: background right in new contexts", found, "alone", background_right),
         Row(f"{title}: other objects kept", kept(found), KEPT_POOLED),
     ]
 
 
-def subject_drawn(shown: Shown) -> bool:
+def first_drawn(shown: Shown) -> bool:
     """The first object asked for is drawn, anywhere."""
     return shown.prompt.names[0] in shown.drawn
+
+
+def other_drawn(shown: Shown) -> bool:
+    """The second object asked for is drawn, anywhere."""
+    return shown.prompt.names[1] in shown.drawn
 
 
 def short(estimate: Estimate, digits: int = 0) -> str:

@@ -1,0 +1,124 @@
+"""Runs an experiment: every cell is one JSON file, and what is there already, of whatever experiment, is not measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eval.bench_results import Measured
+from eval.cells import Cell
+from eval.fidelity import oracle_kid
+from eval.prompts import Prompt
+from eval.rates import Painter, Shown
+from toolkit.errors import UserError
+from toolkit.io.files import FILE_NAME, save_edit
+from toolkit.method import Method
+from toolkit.runs import timed, write_atomic
+from toolkit.world.oracle import NONE, Reading
+from toolkit.world.scenes import PLACES, Scene, World
+
+if TYPE_CHECKING:
+    from toolkit.model import Model
+
+
+@dataclass
+class Bench:
+    """Where cells are measured. methods: label -> the method with its options. out: the folder of the cells' files."""
+
+    world: World
+    model: Model
+    painter: Painter
+    methods: Mapping[str, Method]
+    out: Path
+
+    def file(self, cell: Cell) -> Path:
+        """The JSON file of a cell. Another model, task, method, option or way to draw has another file."""
+        method = self.methods[cell.method]
+        key = repr((method.name(), method.config(), cell.goal, self.model.fingerprint, self.painter.measured_by()))
+        return self.out / f"{cell.name}.{hashlib.blake2b(key.encode(), digest_size=6).hexdigest()}.json"
+
+    def missing(self, cell: Cell) -> list[str]:
+        """The labels whose images the cell's file does not hold."""
+        record = self._record(cell)
+        return [label for label, pairs in cell.asked.items() if not _by_prompts(record["images"].get(label, [])).keys() >= set(pairs)]
+
+    def measured(self, cell: Cell) -> Measured | None:
+        """What the cell's file holds; None when anything is missing."""
+        if self.missing(cell):
+            return None
+        record = self._record(cell)
+        images = {}
+        for label, pairs in cell.asked.items():
+            stored = _by_prompts(record["images"][label])
+            images[label] = [tuple(map(from_json, stored[pair])) for pair in pairs]
+        return Measured(cell, images, record["seconds"], record["bytes"], record["steps"], record["kid"])
+
+    def measure(self, cell: Cell) -> None:
+        """Fit the method, draw what is missing before and after, and write what the oracle reads."""
+        method, record = self.methods[cell.method], self._record(cell)
+        if self.model.arch.name not in method.architectures:
+            raise UserError(
+                f"{cell.method} does not work on {self.model.arch.name} models; take it out of the experiment, or give another --model"
+            )
+        with TemporaryDirectory() as folder:
+            task = cell.to_fit(self.world, Path(folder))
+            with timed() as cost:
+                edit = method.fit(self.model, task)
+            size = save_edit(edit, Path(folder) / FILE_NAME).stat().st_size
+        for label in self.missing(cell):
+            asked = cell.asked[label]
+            before = self.painter.draw(self.model, [first for first, _ in asked], f"{cell.name}, {label}, before")
+            with self.model.attached(edit):
+                after = self.painter.draw(self.model, [second for _, second in asked], f"{cell.name}, {label}, after")
+            drawn = [(to_json(a), to_json(b)) for a, b in zip(before, after, strict=True)]
+            record["images"][label] = list((_by_prompts(record["images"].get(label, [])) | _by_prompts(drawn)).values())
+            if label == "name":
+                record["kid"] = [oracle_kid(self.world, self.painter.oracle, side).as_json()["value"] for side in (before, after)]
+        record |= {
+            "method": method.name(),
+            "config": method.config(),
+            "task": asdict(cell.goal),
+            "measured_by": self.painter.measured_by(),
+            **asdict(cost),
+            "bytes": size,
+            "steps": edit.info.notes.get("steps"),
+        }
+        write_atomic(self.file(cell), json.dumps(record, ensure_ascii=False))
+
+    def _record(self, cell: Cell) -> dict[str, Any]:
+        """What the cell's file holds, or an empty record."""
+        file = self.file(cell)
+        return json.loads(file.read_text()) if file.is_file() else {"images": {}, "kid": [None, None]}
+
+
+def to_json(shown: Shown) -> dict[str, Any]:
+    """An image without its pixels: what was asked for and what the oracle reads."""
+    prompt, reading = shown.prompt, shown.reading
+    asked = {"background": prompt.scene.background, "style": prompt.scene.style, "items": prompt.scene.items, "words": prompt.words}
+    shows = {"objects": reading.present(), "styles": reading.styles, "background": reading.background}
+    return {"prompt": prompt.text, "seed": prompt.seed, "asked": asked, "shows": shows}
+
+
+def from_json(row: Mapping[str, Any]) -> Shown:
+    """The inverse of `to_json`; without pixels."""
+    shows = row["shows"]
+    reading = Reading(dict.fromkeys(PLACES, NONE) | shows["objects"], shows["styles"], shows["background"])
+    return Shown(_prompt(row), reading, torch.empty(0))
+
+
+def _prompt(row: Mapping[str, Any]) -> Prompt:
+    asked = row["asked"]
+    scene = Scene(asked["background"], asked["style"], tuple((place, name) for place, name in asked["items"]))
+    return Prompt(row["prompt"], row["seed"], scene, tuple(asked["words"]))
+
+
+def _by_prompts(rows: Iterable[Any]) -> dict[tuple[Prompt, Prompt], Any]:
+    """The images of a label by what they were asked for, before and after."""
+    return {(_prompt(before), _prompt(after)): (before, after) for before, after in rows}

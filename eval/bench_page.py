@@ -1,0 +1,261 @@
+"""The report of an experiment: methods compared section by section, against their bars, and task by task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.bench_results import (
+    ASKED_FOR,
+    BY_WORD,
+    Measured,
+    answers,
+    drawn_most,
+    first_drawn,
+    instead_style,
+    kept,
+    kept_objects,
+    other_drawn,
+    pooled,
+    rows,
+    short,
+    still_drawn,
+)
+from eval.cells import Cell, Portrait
+from eval.experiment import Experiment
+from eval.rates import DRAWN_WELL, background_right, drawn_instead, drawn_well, most_drawn, object_right, relative, share, style_right
+from eval.subjects import PICTURES
+
+BARS = ("what", "bar", "unedited", "measured", "n")
+ERASED = ("by name", "given synonyms", "held-back synonyms")
+COMPARED = {
+    "objects": (*ERASED, "the worst by name", "beside another", "the other", "clean instead", "others kept", "styles", "backgrounds"),
+    "styles": ("drawn by name", "unedited, no style named", "object right", "background right", "others kept"),
+    "subjects": ("new contexts", "beside another", "both drawn", "unedited, by its name", "background", "others kept"),
+}
+INSTEAD = ("shows", "most often", "background", "style", "oracle-KID", "others kept")
+COST = ("fit, s", "edit, KiB")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page is made from. command: what made it. cells: all that there should be. results: those that were measured."""
+
+    experiment: Experiment
+    cells: Sequence[Cell]
+    results: Sequence[Measured]
+    command: str
+    model: str
+    measured_by: Mapping[str, Any]
+
+    def missed(self) -> list[str]:
+        """The lines that miss their bars, of all methods."""
+        lines = [(method, row) for method in self.experiment.methods for row in rows(self.results, method)]
+        return [f"{method}, {row.what}: {short(row.estimate, 1)}" for method, row in lines if row.missed]
+
+    def page(self) -> str:
+        """The markdown page."""
+        header, by = self.experiment.header, self.measured_by
+        absent = len(self.cells) - len(self.results)
+        kinds = {cell.kind for cell in self.cells}
+        return PAGE.format(
+            title=header.title,
+            command=self.command,
+            about=f"\n{header.about.strip()}\n" if header.about else "",
+            model=self.model,
+            **{key: by[key] for key in ("version", "threshold", "steps", "guidance")},
+            notes="\n".join(NOTES[kind] for kind in NOTES if kind in kinds).format(n=header.n),
+            poorly=", ".join(f"{name} ({100 * value:.0f} %)" for name, value in poorly(self.results).items()) or "nothing",
+            absent=f"\n{absent} of {len(self.cells)} tasks are not measured here: `--only` was given, or the run was interrupted.\n"
+            if absent
+            else "",
+            missed="\n".join(f"- {line}" for line in self.missed()) or "None.",
+            sections="\n\n".join(self.section(section.title) for section in self.experiment.sections),
+            methods="\n\n".join(self.method(label) for label in self.experiment.methods),
+        )
+
+    # --- side by side -------------------------------------------------------------------------------------------------
+    def section(self, name: str) -> str:
+        """The methods side by side on a section, over all its tasks that count."""
+        found = [result for result in self.results if result.cell.section == name and result.counts]
+        per_method = {label: [result for result in found if result.cell.method == label] for label in self.experiment.methods}
+        per_method = {label: own for label, own in per_method.items() if own}
+        if not per_method:
+            return f"### {name}\n\nNothing that counts."
+        kind = found[0].cell.kind
+        lines = [[label, *COMPARE[kind](own), *mean_cost(own)] for label, own in per_method.items()]
+        text = f"### {name}\n\n{table(('method', *COMPARED[kind], *COST), lines)}"
+        least = by_object_kept(per_method) if kind == "objects" else ""
+        return f"{text}\n\nKept least, pooled over the tasks:\n\n{least}" if least else text
+
+    # --- one by one ---------------------------------------------------------------------------------------------------
+    def method(self, label: str) -> str:
+        """A method's tables: against the bars, then one line for each task."""
+        own = [result for result in self.results if result.cell.method == label]
+        of = {kind: [result for result in own if result.cell.kind == kind] for kind in COMPARED}
+        tables = [
+            table(BARS, [row.cells() for row in rows(self.results, label)]),
+            table(("task", *ERASED), [[r.cell.task, *by_words(r)] for r in of["objects"]]),
+            table(("task", *INSTEAD, *COST), [[r.cell.task, *in_its_place(r), *cost(r)] for r in of["objects"] if "name" in r.images]),
+            table(("style", *COMPARED["styles"], *COST), [[r.cell.task, *styles([r]), *cost(r)] for r in of["styles"]]),
+            table(
+                ("subject", "style", "class name", *COMPARED["subjects"], "steps", *COST),
+                [[r.cell.task, *portrait(r), *subjects([r]), str(r.steps), *cost(r)] for r in of["subjects"]],
+            ),
+        ]
+        config = json.dumps(self.experiment.methods[label].config())
+        return "\n\n".join([f"### {label}", f"`{self.experiment.methods[label].name()}` with `{config}`", *filter(None, tables)])
+
+
+def objects(found: Sequence[Measured]) -> list[str]:
+    """Erased objects."""
+    beside = pooled(found, "beside")
+    return [
+        *(short(still_drawn(found, label), 1) for label in BY_WORD),
+        f"{(most := drawn_most(found))[0]} {short(most[2])}".strip(),
+        short(still_drawn(found, "beside"), 1),
+        short(relative(*beside, other_drawn)),
+        short(answers(found, "none", "other", "anchor")),
+        *(short(kept(found, test), 1) for test in (object_right, style_right, background_right)),
+    ]
+
+
+def styles(found: Sequence[Measured]) -> list[str]:
+    """Erased styles."""
+    return [
+        f"{short(still_drawn(found, 'name', 0))} → {short(still_drawn(found, 'name'))}",
+        short(still_drawn(found, "unnamed", 0)),
+        *(short(relative(*pooled(found, "name"), test)) for test in ASKED_FOR.values()),
+        short(kept(found)),
+    ]
+
+
+def subjects(found: Sequence[Measured]) -> list[str]:
+    """Learnt subjects."""
+    (by_name, new), (_, beside) = pooled(found, "alone"), pooled(found, "beside")
+    return [
+        short(share(new, object_right)),
+        short(share(beside, first_drawn)),
+        short(share(beside, object_right)),
+        short(share(by_name, object_right)),
+        short(share(new, background_right)),
+        short(kept(found)),
+    ]
+
+
+COMPARE = {"objects": objects, "styles": styles, "subjects": subjects}
+
+
+def by_words(result: Measured) -> list[str]:
+    """How often what was erased is drawn, by each kind of words, before and after."""
+    return [f"{short(still_drawn([result], label, 0))} → {short(still_drawn([result], label))}".strip(" →") for label in BY_WORD]
+
+
+def in_its_place(result: Measured) -> list[str]:
+    """What is drawn instead, and what else changed."""
+    before, after = result.sides("name")
+    found = drawn_instead(after, result.cell.erased, result.cell.anchor)
+    return [
+        ", ".join(f"{kind} {100 * part.value:.0f} %" for kind, part in found.items() if part.value > 0),
+        ", ".join(f"{name} {count}" for name, count in most_drawn(after, result.cell.erased)),
+        short(relative(before, after, background_right)),
+        short(instead_style([result])),
+        " → ".join("" if value is None else f"{value:.2f}" for value in result.kid),
+        short(kept([result])),
+    ]
+
+
+def portrait(result: Measured) -> list[str]:
+    """A subject's style and class name."""
+    assert isinstance(result.cell.goal, Portrait)
+    return [result.cell.goal.style, result.cell.goal.class_name]
+
+
+def cost(result: Measured) -> list[str]:
+    """What fitting took and what the edit's file is."""
+    return [f"{result.seconds:.1f}", f"{result.bytes / 1024:.0f}"]
+
+
+def mean_cost(found: Sequence[Measured]) -> list[str]:
+    """The same, on average over tasks."""
+    return [f"{sum(r.seconds for r in found) / len(found):.1f}", f"{sum(r.bytes for r in found) / len(found) / 1024:.0f}"]
+
+
+def by_object_kept(per_method: Mapping[str, Sequence[Measured]], most: int = 8) -> str:
+    """The objects of which least is left, from the worst: after relative to before, by method; "" when none lost anything."""
+    kept_by = {label: kept_objects(found).per_object for label, found in per_method.items()}
+
+    def least(name: str) -> tuple[float, str]:
+        return min(found[name].value for found in kept_by.values() if name in found), name
+
+    names = sorted({name for found in kept_by.values() for name in found}, key=least)
+    names = [name for name in names if least(name)[0] < 1][:most]
+    lines = [[name, *(f"{short(found[name])} of {found[name].n}" if name in found else "" for found in kept_by.values())] for name in names]
+    return table(("object", *kept_by), lines)
+
+
+def poorly(results: Sequence[Measured]) -> dict[str, float]:
+    """What the unedited model draws too seldom for it to count, with how often it does."""
+    found: dict[str, float] = {}
+    for result in results:
+        before = [first for first, _ in result.images.get("name", ())]
+        if result.cell.kind == "styles":
+            found[result.cell.erased[0]] = share(before, result.drawn).value
+        else:
+            for name in set(result.cell.erased) - drawn_well(before) if before else ():
+                found[name] = share([item for item in before if item.prompt.names[0] == name], object_right).value
+    return {name: value for name, value in found.items() if value < DRAWN_WELL}
+
+
+def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A markdown table without its empty columns; "" without lines."""
+    cells = [list(line) for line in lines]
+    filled = [i for i in range(len(columns)) if any(line[i] for line in cells)]
+    drawn = (columns, ["---"] * len(columns), *cells)
+    return "\n".join(f"| {' | '.join(line[i] for i in filled)} |" for line in drawn) if cells else ""
+
+
+NOTES = {
+    "objects": """\
+- **Objects** are erased one by one or together; every other scored object is preserved. The methods are given the synonyms that they
+  may be given, unless it says "without synonyms". {n} images (where a section says nothing else) ask for each object by its name,
+  half as many by these synonyms, half as many by synonyms that no method is given, and where it is measured half as many for it on
+  the left of another object, which should stay.
+- **Clean instead** is one object, or none, on a readable background. Oracle-KID is the distance to renders of what the oracle
+  reads, before and after.""",
+    "styles": """\
+- **Styles** are turned into another one, or into nothing: then the bar is how often the unedited model draws the style when it is
+  told none. The other styles and all scored objects are preserved.""",
+    "subjects": f"""\
+- **Subjects** are objects that the model has never seen, learnt from {len(PICTURES)} pictures, each subject in one style. Their class name
+  is the nearest thing that the model knows. They are asked for on backgrounds that none of the pictures has, at all places, and on
+  the left of an object that the model knows. "Unedited" is then the model asked by the object's own name.""",
+}
+
+PAGE = """# {title}
+
+Written by `{command}`; every number is measured on `emoji-sd`, on tasks that were fixed before. Intervals in brackets are 95 % ones:
+Wilson's at the effective sample size for rates, a paired bootstrap for what is relative to before, both clustered by prompt. Images
+are drawn in {steps} steps with guidance {guidance} and read by oracle {version} at threshold {threshold}; the model is {model}.
+{about}{absent}
+{notes}
+- **Others kept**: images of everything else, every object about as often, right after relative to before, with the same prompts and
+  seeds; their styles and backgrounds likewise.
+- Only what the unedited model draws at least 80 % right counts. Left out: {poorly}.
+
+Seconds are those of the machine that this page was made on.
+
+## Bars missed
+
+{missed}
+
+## Side by side
+
+{sections}
+
+## One by one
+
+{methods}
+"""

@@ -1,0 +1,247 @@
+"""What is measured: a cell is one method on one task, with everything that is drawn for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, product
+from pathlib import Path
+
+from eval import prompts as make
+from eval.experiment import Experiment, Section
+from eval.prompts import Prompt, resolve
+from eval.subjects import PICTURES, subject
+from toolkit.concepts import Concept, CustomizeTask, EraseTask, Task
+from toolkit.errors import UserError, unknown
+from toolkit.world.captions import AT
+from toolkit.world.scenes import BACKGROUNDS, Scene, World
+
+KEPT = 0.75  # images of everything else in a cell, per image of the concept by name
+ROUND = 40  # different prompts for one of the other objects before seeds change
+TOKEN = "<pal>"
+
+Pair = tuple[Prompt, Prompt]
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """A subject to learn: the object, the word for what it is nearest to among what the model knows, its token, its style."""
+
+    name: str
+    class_name: str
+    token: str
+    style: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task.
+
+    method: its label in the experiment. section: the name of what it is pooled with. task: its own name. asked: label ->
+    pairs of what the unedited model is asked and what the edited one is; the two differ only where it says so below.
+
+    name        the concept by its name                     kept    everything else
+    given       by its synonyms that a method may be given  unnamed unedited: the prompts of `name` without the style
+    held_back   by those that none is given                 alone   a subject in new contexts; unedited: by the object's name
+    beside      left of another object, which should stay   beside  of a subject: the same on new backgrounds
+    """
+
+    method: str
+    section: str
+    task: str
+    goal: EraseTask | Portrait
+    asked: Mapping[str, Sequence[Pair]]
+
+    @property
+    def name(self) -> str:
+        """The method and the task, as a file name."""
+        return f"{self.method}-{self.task}".replace(" ", "-").replace("/", "-")
+
+    @property
+    def erased(self) -> tuple[str, ...]:
+        """The objects, or the style, that must not be drawn."""
+        return tuple(concept.name for concept in self.goal.concepts) if isinstance(self.goal, EraseTask) else ()
+
+    @property
+    def kind(self) -> str:
+        """objects, styles or subjects."""
+        if isinstance(self.goal, Portrait):
+            return "subjects"
+        return "styles" if self.goal.concepts[0].kind == "style" else "objects"
+
+    @property
+    def anchor(self) -> str | None:
+        """What should be drawn instead."""
+        return self.goal.concepts[0].anchor if isinstance(self.goal, EraseTask) else None
+
+    def to_fit(self, world: World, folder: Path) -> Task:
+        """The task for the method; a subject's pictures go into the folder."""
+        if isinstance(self.goal, EraseTask):
+            return self.goal
+        one = self.goal
+        return CustomizeTask((subject(world, folder, one.name, one.class_name, one.token, one.style),))
+
+
+def plan(world: World, experiment: Experiment) -> list[Cell]:
+    """Every cell, section by section and task by task.
+
+    Everything else is asked for evenly over all tasks that erase, and over all that learn.
+    """
+    cells: dict[str, list[Cell]] = {section.title: [] for section in experiment.sections}
+    for learning in (False, True):
+        tasks = [
+            (section, task, goal)
+            for section in experiment.sections
+            if bool(section.subjects) == learning
+            for task, goal in goals(world, section)
+        ]
+        counts = [others(section, experiment) for section, *_ in tasks]
+        rest = shares(world, [hidden(goal) for *_, goal in tasks], counts)
+        for (section, task, goal), kept in zip(tasks, rest, strict=True):
+            about = {**asked(world, goal, section.n or experiment.header.n), "kept": same(kept)}
+            drawn = {label: pairs for label, pairs in about.items() if label in section.labels or label == "unnamed"}
+            cells[section.title] += [Cell(method, section.title, task, goal, drawn) for method in experiment.methods_of(section)]
+    return [cell for found in cells.values() for cell in found]
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+def goals(world: World, section: Section) -> Iterator[tuple[str, EraseTask | Portrait]]:
+    """The tasks of a section with their names."""
+    if section.subjects:
+        unseen = world.names("held_out")
+        for i, (name, class_name) in enumerate(zip(section.subjects, section.class_names, strict=True)):
+            if name not in unseen:
+                raise unknown(f"subject in section {section.title!r}", name, unseen)
+            yield name, Portrait(name, class_name, TOKEN, world.styles[i % len(world.styles)])
+        return
+    concepts = list(erased(world, section))
+    if section.together:
+        yield section.title, erasure(world, concepts)
+        return
+    for concept in concepts:
+        to = f" to {concept.anchor or 'nothing'}" if section.styles or concept.anchor else ""
+        yield f"{concept.name}{to}{'' if section.synonyms else ' without synonyms'}", erasure(world, [concept])
+
+
+def erased(world: World, section: Section) -> Iterator[Concept]:
+    """The concepts of a section, groups as their objects."""
+    for i, word in enumerate(section.concepts):
+        target = resolve(world, word)
+        if target.kind != {"objects": "object", "styles": "style"}[section.kind]:
+            raise UserError(f"{word!r} in section {section.title!r} is of the kind {target.kind}; move it to {target.kind}s")
+        for name in target.names:
+            synonyms = world.things[name].given if target.kind == "object" and section.synonyms else ()
+            yield Concept(name, synonyms, section.anchor_of(i), target.kind)
+
+
+def erasure(world: World, concepts: Sequence[Concept]) -> EraseTask:
+    """The task that erases concepts and preserves every other scored object, and style when it is about one."""
+    names = [concept.name for concept in concepts]
+    styles = tuple(style for style in world.styles if style not in names) if concepts[0].kind == "style" else ()
+    return EraseTask(tuple(concepts), (*styles, *make.everything_else(world, names)))
+
+
+def hidden(goal: EraseTask | Portrait) -> set[str]:
+    """What is not asked for among everything else."""
+    return {concept.name for concept in goal.concepts} if isinstance(goal, EraseTask) else set()
+
+
+def others(section: Section, experiment: Experiment) -> int:
+    """How many images of everything else each task of a section is measured with."""
+    n = section.n or experiment.header.n
+    return section.kept or (max(1, n // 2) if section.subjects else max(1, round(KEPT * n)))
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+def asked(world: World, goal: EraseTask | Portrait, n: int) -> dict[str, list[Pair]]:
+    """Label -> the prompts about what is erased or learnt. n: of each concept by its name."""
+    half = max(1, n // 2)
+    if isinstance(goal, Portrait):
+        words, free = (goal.name, goal.token), new_backgrounds()
+        return {
+            "alone": list(zip(*(alone(word, goal.name, n) for word in words), strict=True)),
+            "beside": list(zip(*(beside(word, goal.name, world.names("scored"), half, free) for word in words), strict=True)),
+        }
+    if goal.concepts[0].kind == "style":
+        named = make.in_style(goal.concepts[0].name, world.names("scored"), n)
+        return {"name": same(named), "unnamed": [(unnamed(prompt), prompt) for prompt in named]}
+    names = [concept.name for concept in goal.concepts]
+    rest = [name for name in world.names("scored") if name not in names]
+    by_name = [prompt for name in names for prompt in make.single(world, name, n)]
+    two = [prompt for name in names for prompt in beside(name, name, rest, half, list(BACKGROUNDS))]
+    return {"name": same(by_name), **by_synonyms(world, goal, n), "beside": same(two)}
+
+
+def by_synonyms(world: World, goal: EraseTask, n: int) -> dict[str, list[Pair]]:
+    """Half as many prompts by each concept's given synonyms, and by those held back."""
+    things = [world.things[concept.name] for concept in goal.concepts]
+    half = max(1, n // 2)
+    return {
+        role: same(
+            [prompt for thing, words in zip(things, each, strict=True) for prompt in make.single(world, thing.name, half, words=words)]
+        )
+        for role, each in (("given", [thing.given for thing in things]), ("held_back", [thing.held_back for thing in things]))
+    }
+
+
+def unnamed(prompt: Prompt) -> Prompt:
+    """A prompt of `in_style` without its style."""
+    style = prompt.scene.style
+    text = prompt.text.replace(f" in {style} style", "").replace(f"{style} ", "")
+    return replace(prompt, text=text, scene=replace(prompt.scene, style=""))
+
+
+def alone(word: str, name: str, n: int) -> list[Prompt]:
+    """n prompts for a subject on backgrounds that none of its pictures has, at all places."""
+    return [prompt for prompt in make.learned(word, name, 8 * n) if prompt.scene.background in new_backgrounds()][:n]
+
+
+def beside(word: str, name: str, others: Sequence[str], n: int, backgrounds: Sequence[str]) -> list[Prompt]:
+    """n prompts for an object, called by `word`, on the left of one of the others."""
+    left, right = AT["left"][0], AT["right"][0]
+    prompts = [
+        Prompt(
+            make.SEVERAL.format(f"a {word} {left} and a {other} {right}", background=background),
+            0,
+            Scene(background, "", (("left", name), ("right", other))),
+            (word, other),
+        )
+        for background, other in product(backgrounds, others)
+    ]
+    return make.spread(prompts, n, 0, f"beside {name}")
+
+
+def new_backgrounds() -> list[str]:
+    """Backgrounds that no picture of a subject has."""
+    return [background for background in BACKGROUNDS if background not in {shown for shown, _ in PICTURES}]
+
+
+def shares(world: World, hidden: Sequence[set[str]], counts: Sequence[int]) -> list[list[Prompt]]:
+    """For every task so many prompts of scored objects and styles other than those it hides.
+
+    Each object is asked for as often as any other over the tasks up to any one of them, always in new prompts.
+    """
+    used: Counter[str] = Counter()
+    queues = {name: _endless(world, name) for name in world.names("scored")}
+    result = []
+    for names, n in zip(hidden, counts, strict=True):
+        free = [name for name in queues if name not in names]
+        prompts = []
+        for _ in range(n):
+            name = min(free, key=used.__getitem__)
+            used[name] += 1
+            prompts.append(next(prompt for prompt in queues[name] if prompt.scene.style not in names))
+        result.append(prompts)
+    return result
+
+
+def _endless(world: World, name: str) -> Iterator[Prompt]:
+    """Prompts for one object, again with the next seed when they are through."""
+    for seed in count():
+        yield from make.single(world, name, ROUND, seed=seed)
+
+
+def same(prompts: Sequence[Prompt]) -> list[Pair]:
+    """The same prompts before and after."""
+    return [(prompt, prompt) for prompt in prompts]

@@ -1,0 +1,96 @@
+"""palimpsest bench: measure methods on tasks, and compare them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.commands import MODEL_HELP, open_model
+from toolkit.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from eval.cells import Cell
+
+HELP = "measure methods on the tasks of an experiment, only what is missing, and write a report"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a TOML file that describes the experiment, see eval/experiments/")
+    parser.add_argument("--model", default="emoji-sd", help=MODEL_HELP)
+    parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME", help="these methods, sections or tasks only")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default="out/bench",
+        help="folder of the results, one JSON file each, of all experiments (default %(default)s)",
+    )
+    parser.add_argument("--report", metavar="FILE", help="the report (default: FILE's name with .md, in that folder)")
+    parser.set_defaults(edit=[])
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Writes what is missing, then the report from all results there are.
+
+    Gives `report`, `results` (their files), `measured` (how many were made now), `of` (how many there are in all) and `missed`.
+    """
+    from eval.bench import Bench
+    from eval.bench_page import Report
+    from eval.cells import plan
+    from eval.commands.evaluate import knows_world
+    from eval.experiment import read
+    from eval.rates import Painter
+    from toolkit.runs import check_writable, timed, write_atomic
+    from toolkit.world.oracle import load_oracle
+    from toolkit.world.scenes import load_world
+
+    experiment, world = read(args.file), load_world()
+    cells = plan(world, experiment)
+    chosen = [cell for cell in cells if asked_for(cell, args.only)]
+    check_names(cells, args.only)
+    out = check_writable(args.out)
+    report = Path(args.report or out / f"{Path(args.file).stem}.md")
+    check_writable(report.parent)
+    model = open_model(args)
+    if not knows_world(model):
+        raise UserError(f"{args.model} does not draw the embedded world, so nothing says what it shows; bench emoji-sd")
+    painter = Painter(load_oracle(), experiment.header.steps, experiment.header.guidance)
+    bench = Bench(world, model, painter, experiment.methods, out)
+    missing = [cell for cell in chosen if bench.missing(cell)]
+    for i, cell in enumerate(missing):
+        with timed() as cost:
+            bench.measure(cell)
+        print(f"[{i + 1}/{len(missing)}] {cell.section}, {cell.name}: {cost.seconds:.0f} s", file=sys.stderr, flush=True)
+    results = [result for cell in cells if (result := bench.measured(cell))]
+    page = Report(experiment, cells, results, command(args), model.fingerprint["weights"][:12], painter.measured_by())
+    write_atomic(report, page.page())
+    return {
+        "report": str(report),
+        "results": [str(bench.file(result.cell)) for result in results],
+        "measured": len(missing),
+        "of": len(cells),
+        "missed": page.missed(),
+    }
+
+
+def command(args: Namespace) -> str:
+    """What to type to make the same report."""
+    given = [("--model", args.model, "emoji-sd"), ("--out", args.out, "out/bench"), ("--report", args.report, None)]
+    return shlex.join(
+        ["palimpsest", "bench", args.file, *(word for option, value, default in given if value != default for word in (option, value))]
+    )
+
+
+def asked_for(cell: Cell, only: list[str]) -> bool:
+    """Whether a cell is one of these methods, sections, tasks or names; all are when none is given."""
+    return not only or not {cell.method, cell.section, cell.task, cell.name}.isdisjoint(only)
+
+
+def check_names(cells: list[Cell], only: list[str]) -> None:
+    """Whether every word of --only names something."""
+    known = {name for cell in cells for name in (cell.method, cell.section, cell.task, cell.name)}
+    for word in only:
+        if word not in known:
+            raise unknown("method, section or task for --only", word, known)

@@ -1,0 +1,159 @@
+"""Experiments: a TOML file that says which methods are measured on which tasks.
+
+    title = "Two erasers"           # of the report
+    about = "What it is for."
+    n = 64                          # images of a concept by its name
+    steps = 8                       # of denoising
+    guidance = 2.0
+
+    [methods.uce]                   # a method with its default options
+    [methods.gentle]                # another label: the method is said
+    method = "uce"
+    lamb = 10
+
+    [[sections]]
+    title = "objects, each alone"
+    objects = ["dog", "pistol"]     # of the embedded world: objects, a group such as weapon; or styles, or subjects
+
+`Section` lists what a section may say. eval/experiments/ has the project's own.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit import registry
+from toolkit.errors import UserError, unknown
+from toolkit.method import Method
+from toolkit.options import Configured, option
+
+LABELS = {
+    "objects": ("name", "given", "held_back", "kept", "beside"),
+    "styles": ("name", "kept"),
+    "subjects": ("alone", "beside", "kept"),
+}
+METHOD_KIND = {"objects": "erase", "styles": "erase", "subjects": "customize"}
+
+
+@dataclass(frozen=True)
+class Section(Configured):
+    """Tasks that belong together: their rates are pooled, and compared over methods."""
+
+    title: str = option("", "what the report calls it")
+    objects: tuple[str, ...] = option((), "objects to erase, or a group of them")
+    styles: tuple[str, ...] = option((), "styles to erase")
+    subjects: tuple[str, ...] = option((), "objects that the model has never seen, to learn")
+    class_names: tuple[str, ...] = option((), "for each subject what it is nearest to among what the model knows")
+    anchors: tuple[str, ...] = option((), "what to draw instead: one for all, or one for each")
+    together: bool = option(False, "erase all in one task, rather than each alone")
+    synonyms: bool = option(True, "give the methods the synonyms that they may be given")
+    ask: tuple[str, ...] = option((), "what is drawn, by label; empty: everything but beside for objects, all else")
+    methods: tuple[str, ...] = option((), "labels of the methods; empty: all that can do it")
+    n: int | None = option(None, "images of a concept by its name, in place of the experiment's")
+    kept: int | None = option(None, "images of everything else for each task; default: three quarters of n")
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.objects, self.styles, self.subjects))) != 1:
+            raise UserError(f"section {self.title!r} needs one of objects, styles and subjects; name what it is about there")
+        for what, given, allowed in (
+            ("class_names", len(self.class_names), {len(self.subjects)}),
+            ("anchors", len(self.anchors), {0, 1, len(self.concepts)}),
+        ):
+            if given not in allowed:
+                raise UserError(f"section {self.title!r} has {given} {what} for {len(self.concepts)} {self.kind}; give one for each")
+        for label in self.ask:
+            if label not in LABELS[self.kind]:
+                raise unknown(f"label in ask of section {self.title!r}", label, LABELS[self.kind])
+
+    @property
+    def kind(self) -> str:
+        """objects, styles or subjects."""
+        return next(kind for kind in LABELS if getattr(self, kind))
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The objects, styles or subjects."""
+        return getattr(self, self.kind)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What is drawn."""
+        return self.ask or tuple(label for label in LABELS[self.kind] if (self.kind, label) != ("objects", "beside"))
+
+    def anchor_of(self, index: int) -> str | None:
+        """The anchor of the concept at an index."""
+        return self.anchors[index % len(self.anchors)] if self.anchors else None
+
+
+@dataclass(frozen=True)
+class Header(Configured):
+    """What holds for all sections."""
+
+    title: str = option("Methods, compared", "heading of the report")
+    about: str = option("", "what it is for")
+    n: int = option(64, "images of a concept by its name")
+    steps: int = option(12, "denoising steps")
+    guidance: float = option(2.0, "guidance scale")
+
+    def __post_init__(self) -> None:
+        for name in ("n", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} of the experiment is {getattr(self, name)}, needs at least 1; give a larger number")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """methods: label -> method with its options. sections: in the order of the report."""
+
+    header: Header
+    methods: dict[str, Method]
+    sections: tuple[Section, ...]
+
+    def methods_of(self, section: Section) -> list[str]:
+        """The labels of the methods that are measured on a section."""
+        able = [label for label, method in self.methods.items() if method.kind == METHOD_KIND[section.kind]]
+        for label in section.methods:
+            if label not in able:
+                raise unknown(f"method to {METHOD_KIND[section.kind]} in section {section.title!r}", label, able)
+        return list(section.methods or able)
+
+
+def read(path: str | Path) -> Experiment:
+    """The experiment of a TOML file. What it says and cannot be done is a UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {str(path)!r}; give a TOML file that describes an experiment, such as eval/experiments/closed-form.toml")
+    try:
+        given: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} is not TOML ({error}); correct it there") from None
+    methods, sections = given.pop("methods", {}), given.pop("sections", [])
+    if not isinstance(methods, dict) or not isinstance(sections, list) or not methods or not sections:
+        raise UserError(f"{str(path)!r} needs a table [methods.NAME] and a table [[sections]]; write at least one of each")
+    result = Experiment(
+        Header.from_config(given), {label: _method(label, options) for label, options in methods.items()}, _sections(sections)
+    )
+    for section in result.sections:
+        if not result.methods_of(section):
+            raise UserError(f"no method of the experiment can {METHOD_KIND[section.kind]}, which section {section.title!r} needs; add one")
+    return result
+
+
+def _method(label: str, options: dict[str, Any]) -> Method:
+    """The method of a table [methods.LABEL]."""
+    if not isinstance(options, dict):
+        raise UserError(f"methods.{label} is {options!r}, needs a table; write [methods.{label}] with its options below")
+    options = dict(options)
+    return registry.load("method", options.pop("method", label)).from_config(options)
+
+
+def _sections(given: list[dict[str, Any]]) -> tuple[Section, ...]:
+    """The sections, each with its own name."""
+    sections = tuple(map(Section.from_config, given))
+    names = [section.title for section in sections]
+    if "" in names or len(set(names)) < len(names):
+        raise UserError(f"the sections are called {', '.join(map(repr, names))}; give each a name of its own")
+    return sections

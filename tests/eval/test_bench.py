@@ -1,0 +1,383 @@
+"""Experiments: what is measured, that nothing is measured twice, and what the report says about the bars."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.bench import Bench, from_json, to_json
+from eval.bench_page import Report
+from eval.bench_results import Measured, Row, rows, still_drawn
+from eval.cells import Cell, plan
+from eval.commands import bench as command_module
+from eval.experiment import Experiment, read
+from eval.prompts import Prompt
+from eval.rates import Painter
+from eval.subjects import PICTURES
+from tests.eval.images import Renderer, reading, shown, true_reading
+from toolkit import cli
+from toolkit.concepts import EraseTask
+from toolkit.model import Model
+from toolkit.world.oracle import Oracle, Reading
+from toolkit.world.scenes import World
+
+FILES = Path("eval/experiments")
+READ_BY = {"version": "v", "threshold": 0.5, "steps": 1, "guidance": 5.0}
+ALONE, ANCHORED, WEAPONS, BARE = (
+    "12 objects, each alone",
+    "2 objects with an anchor",
+    "weapons, in one task",
+    "12 objects, without synonyms",
+)
+ERASERS, LEARNER, STYLES = ("uce", "rece"), "textual_inversion", ("twemoji", "noto", "fluent 3d")
+Draw = Callable[[Cell, Prompt], Reading | None]
+
+
+def smaller(name: str, n: int) -> Experiment:
+    """One of the project's experiments with fewer images."""
+    experiment = read(FILES / f"{name}.toml")
+    return replace(experiment, header=replace(experiment.header, n=n))
+
+
+@pytest.fixture(scope="module")
+def cells(world: World) -> list[Cell]:
+    return plan(world, smaller("main-job", 8))
+
+
+def report(results: Sequence[Measured], cells: Sequence[Cell], name: str = "main-job") -> Report:
+    return Report(read(FILES / f"{name}.toml"), cells, results, "the command", "m", READ_BY)
+
+
+def measured(cell: Cell, draw: Draw) -> Measured:
+    """A cell as if the edited model drew what `draw` says (None: what is asked for)."""
+    unseen = cell.kind == "subjects"  # the unedited model draws no subject
+    images = {
+        label: [(shown(a, reading({}) if unseen and label != "kept" else None), shown(b, draw(cell, b))) for a, b in pairs]
+        for label, pairs in cell.asked.items()
+    }
+    return Measured(cell, images, 1.5, 2048, 500 if unseen else None, (0.01, 0.02))
+
+
+def clean(cell: Cell, prompt: Prompt) -> Reading | None:
+    """A perfect edit."""
+    background, erased = prompt.scene.background, set(cell.erased)
+    if prompt.scene.style in erased:
+        return reading(dict(prompt.scene.items), cell.anchor or "fluent flat", background)
+    if not erased & set(prompt.names):
+        return None
+    left = {place: name for place, name in prompt.scene.items if name not in erased}
+    return reading(left or ({"center": cell.anchor} if cell.anchor else {}), prompt.scene.style or "noto", background)
+
+
+def lines_of(results: Sequence[Measured]) -> list[tuple[str, Row]]:
+    return [(f"{method}, {row.what}", row) for method in (*ERASERS, LEARNER) for row in rows(results, method)]
+
+
+def found(lines: Sequence[tuple[str, Row]], *parts: str) -> Row:
+    (row,) = [row for what, row in lines if all(part in what for part in parts)]
+    return row
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+def test_the_main_job_has_the_tasks_asked_for(world: World, cells: list[Cell]) -> None:
+    assert len({cell.name for cell in cells}) == len(cells) == 62
+    count = Counter((cell.method, cell.kind) for cell in cells)
+    each = {"objects": 12 + 2 + 1, "styles": 6}
+    assert count == {("uce", kind): k for kind, k in each.items()} | {
+        ("rece", "objects"): 15 + 12,
+        ("rece", "styles"): 6,
+        (LEARNER, "subjects"): 8,
+    }
+    assert len({world.things[cell.task].group for cell in cells if cell.section == ALONE}) >= 9
+    goals = {cell.name: cell.goal for cell in cells if isinstance(cell.goal, EraseTask)}
+    wanted = ("uce-pistol", "rece-pistol-without-synonyms", "uce-weapons,-in-one-task", "rece-noto-to-nothing", "uce-cat-to-dog")
+    pistol, bare, weapon, style, cat = (goals[name] for name in wanted)
+    others = set(world.names("scored")) - {"pistol"}
+    assert pistol.concepts[0].synonyms == world.things["pistol"].given and set(pistol.preserve[: len(others)]) == others
+    assert {words.split(" on a ")[0] for words in pistol.preserve} == others and len(set(pistol.preserve)) == 2 * len(others)
+    assert bare.concepts[0].synonyms == () and style.concepts[0].anchor is None and style.concepts[0].kind == "style"
+    assert cat.concepts[0].anchor == "dog"
+    weapons = {concept.name for concept in weapon.concepts}
+    assert weapons == set(world.group("weapon")) and not weapons & set(weapon.preserve)
+
+
+def test_the_closed_forms_are_measured_on_up_to_twenty_objects(world: World) -> None:
+    experiment = read(FILES / "closed-form.toml")
+    cells = plan(world, experiment)
+    assert set(experiment.methods) == {"uce", "rece", "realera_embedding", "trce_embedding", "mace_refine", "speed"}
+    assert {len(cell.erased) for cell in cells} == {1, 5, 10, 20}
+    assert all(cell.asked.keys() == {"name", "given", "held_back", "beside", "kept"} for cell in cells)
+    for cell in cells:
+        for prompt, _ in cell.asked["beside"]:
+            first, second = prompt.names
+            assert first in cell.erased and second not in cell.erased and dict(prompt.scene.items)["left"] == first
+
+
+def test_everything_else_is_asked_for_evenly_and_never_what_is_hidden(world: World) -> None:
+    full = [cell for cell in plan(world, read(FILES / "main-job.toml")) if cell.method == "uce"]
+    kept = {cell.task: [p for p, _ in cell.asked["kept"]] for cell in full if cell.section == ALONE}
+    assert not [p for name, prompts in kept.items() for p in prompts if name == p.names[0]]
+    every = [p for prompts in kept.values() for p in prompts]
+    times = Counter(p.names[0] for p in every)
+    assert len(set(every)) == len(every) >= 512
+    assert set(times) == set(world.names("scored")) and max(times.values()) - min(times.values()) <= 2
+    styles = [p for cell in full if "noto" in cell.erased for p, _ in cell.asked["kept"]]
+    assert styles and not [p for p in styles if p.scene.style == "noto"]
+
+
+def test_subjects_are_asked_for_where_no_picture_shows_them(cells: list[Cell]) -> None:
+    subjects = [cell for cell in cells if cell.kind == "subjects"]
+    assert len({cell.task for cell in subjects}) == 8
+    for cell in subjects:
+        for label, count in (("alone", 8), ("beside", 4)):
+            pairs = cell.asked[label]
+            assert len(pairs) == count and not {b.scene.background for _, b in pairs} & {background for background, _ in PICTURES}
+            assert all(a.scene == b.scene and b.text == a.text.replace(f"a {cell.task}", "a <pal>", 1) for a, b in pairs)
+        assert all(dict(b.scene.items)["left"] == cell.task and len(b.names) == 2 for _, b in cell.asked["beside"])
+
+
+def test_an_unnamed_style_is_the_same_prompt_without_it(cells: list[Cell]) -> None:
+    for cell in cells:
+        for before, after in cell.asked.get("unnamed", ()):
+            assert cell.erased[0] in after.text and before.scene == replace(after.scene, style="")
+            assert before.text.removeprefix("a picture of ") == f"a {after.names[0]} on a {after.scene.background} background"
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+OK = '[methods.uce]\n[[sections]]\ntitle = "one"\nobjects = ["dog"]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = ", "is not TOML"),
+        ("steps = 4", "[methods.NAME]"),
+        (f"step = 4\n{OK}", "did you mean steps"),
+        (f"steps = 0\n{OK}", "at least 1"),
+        (OK.replace("uce", "uec"), "did you mean uce"),
+        (OK.replace("[methods.uce]", "[methods.mine]\nlamb = 2"), "unknown method 'mine'"),
+        (OK.replace("[[s", "lambda = 2\n[[s"), "unknown option of uce"),
+        (OK.replace("uce", "textual_inversion"), "no method of the experiment can erase"),
+        (OK + 'styles = ["noto"]', "needs one of objects, styles and subjects"),
+        (OK + 'methods = ["rece"]', "unknown method to erase"),
+        (OK + 'ask = ["names"]', "did you mean name"),
+        (OK + 'anchors = ["cat", "cow"]', "2 anchors for 1 objects"),
+        (OK + OK[OK.index("[[") :], "a name of its own"),
+        (OK.replace("dog", "dgo"), "did you mean dog"),
+        (OK.replace("dog", "noto"), "move it to styles"),
+        (OK.replace("uce", "textual_inversion").replace("objects", "subjects") + 'class_names = ["cat"]', "unknown subject"),
+    ],
+)
+def test_mistakes_in_the_file_are_told_in_one_line(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "e.toml").write_text(text)
+    assert cli.main(["bench", str(tmp_path / "e.toml"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+def bench(world: World, painter: Painter, model: Model, out: Path) -> Bench:
+    methods = dict(read(FILES / "main-job.toml").methods)
+    methods[LEARNER] = type(methods[LEARNER]).from_config({"max_train_steps": 1})
+    return Bench(world, model, painter, methods, out)
+
+
+@pytest.mark.parametrize("name", ["uce-pistol", "rece-noto-to-nothing", "textual_inversion-penguin"])
+def test_a_cell_is_what_its_file_says(name: str, world: World, untrained: Oracle, tiny: Model, tmp_path: Path) -> None:
+    (cell,) = [cell for cell in plan(world, smaller("main-job", 2)) if cell.name == name]
+    made = bench(world, Renderer(untrained), tiny, tmp_path)
+    assert made.measured(cell) is None and made.missing(cell) == list(cell.asked)
+    made.measure(cell)
+    result = made.measured(cell)
+    assert result is not None and tiny.edits == () and result.seconds > 0 and result.bytes > 500
+    assert {label: [(a.prompt, b.prompt) for a, b in pairs] for label, pairs in result.images.items()} == {
+        k: list(v) for k, v in cell.asked.items()
+    }
+    assert all(item.reading == true_reading(item.prompt) for pairs in result.images.values() for pair in pairs for item in pair)
+    assert result.steps == (1 if cell.kind == "subjects" else None)
+
+
+def test_only_what_is_missing_in_a_cell_is_drawn(world: World, untrained: Oracle, tiny: Model, tmp_path: Path) -> None:
+    cell = next(cell for cell in plan(world, smaller("main-job", 2)) if cell.name == "uce-pistol")
+    less = replace(cell, asked={label: cell.asked[label] for label in ("name", "kept")})
+    bench(world, Renderer(untrained), tiny, tmp_path).measure(less)
+    painter = Renderer(untrained)
+    made = bench(world, painter, tiny, tmp_path)
+    assert made.missing(less) == [] and made.missing(cell) == ["given", "held_back"]
+    made.measure(cell)
+    assert painter.painted == 2 * (len(cell.asked["given"]) + len(cell.asked["held_back"])) and made.missing(cell) == []
+    fewer = replace(cell, asked={**cell.asked, "name": cell.asked["name"][1:]})
+    other = replace(cell, asked={**cell.asked, "name": cell.asked["kept"]})
+    result = made.measured(fewer)
+    assert result is not None and [(a.prompt, b.prompt) for a, b in result.images["name"]] == list(fewer.asked["name"])
+    assert made.missing(other) == ["name"] and made.measured(other) is None
+    made.measure(other)
+    assert made.missing(cell) == made.missing(other) == [], "what was drawn for one experiment is there for another"
+
+
+def test_an_image_without_pixels_reads_the_same(cells: list[Cell]) -> None:
+    prompt = cells[0].asked["name"][0][0]
+    item = shown(prompt, reading({"left": "dog", "right": "cat"}, "twemoji", "none"))
+    back = from_json(json.loads(json.dumps(to_json(item))))
+    assert (back.prompt, back.reading) == (item.prompt, item.reading)
+
+
+TWO = """
+title = "Two"
+n = 2
+steps = 1
+[methods.uce]
+[methods.strong]
+method = "uce"
+lamb = LAMB
+[[sections]]
+title = "animals"
+objects = ["dog", "cat"]
+ask = ["name", "beside", "kept"]
+"""
+
+
+@pytest.fixture
+def command(
+    untrained: Oracle, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[dict[str, Any], int]]:
+    """Runs the command on the tiny model; gives what it prints and how many images were drawn."""
+    monkeypatch.setattr(command_module, "open_model", lambda args: tiny)
+    monkeypatch.setattr("eval.commands.evaluate.knows_world", lambda model: True)
+    monkeypatch.setattr("toolkit.world.oracle.load_oracle", lambda: untrained)
+
+    def run(*words: str, lamb: float = 0.1) -> tuple[dict[str, Any], int]:
+        painter = Renderer(untrained, spoil=lambda prompt: reading({}, background=prompt.scene.background))
+        monkeypatch.setattr("eval.rates.Painter", lambda *_: painter)
+        (tmp_path / "two.toml").write_text(TWO.replace("LAMB", str(lamb)))
+        where = ["--out", str(tmp_path / "out"), "--report", str(tmp_path / "docs" / "page.md")]
+        assert cli.main(["bench", str(tmp_path / "two.toml"), *where, *words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1]), painter.painted
+
+    return run
+
+
+def test_a_run_goes_on_where_it_was(command: Callable[..., tuple[dict[str, Any], int]], tmp_path: Path) -> None:
+    result, drawn = command("--only", "dog")
+    assert result["measured"] == 2 and result["of"] == 4 and drawn > 0 and len(result["results"]) == 2
+    text = (tmp_path / "docs" / "page.md").read_text()
+    assert "2 of 4 tasks are not measured" in text and "| strong |" in text and "### animals" in text
+    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert command("--only", "dog")[1] == 0
+    result, drawn = command()
+    assert result["measured"] == 2 and drawn > 0 and "not measured" not in (tmp_path / "docs" / "page.md").read_text()
+    assert all(path.read_bytes() == data for path, data in files.items())
+    assert any("strong, animals: other objects kept" in line for line in result["missed"])
+
+
+def test_other_options_are_measured_anew(command: Callable[..., tuple[dict[str, Any], int]], tmp_path: Path) -> None:
+    command("--only", "strong")
+    result, drawn = command("--only", "strong", lamb=2)
+    assert drawn > 0 and result["measured"] == 2 and len(list((tmp_path / "out").glob("strong-dog.*"))) == 2
+    assert '"lamb": 2.0' in (tmp_path / "docs" / "page.md").read_text()
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+def test_perfect_edits_meet_every_bar(cells: list[Cell]) -> None:
+    made = report([measured(cell, clean) for cell in cells], cells)
+    lines, text = lines_of(made.results), made.page()
+    assert not made.missed() and sum(row.bar is not None for _, row in lines) > 60
+    assert "## Bars missed\n\nNone." in text and "**missed**" not in text and "not measured here" not in text
+    assert "{" not in text.replace("`{}`", "").replace("with `{", "")
+    assert all(f"| {cell.task} |" in text for cell in cells) and all(row.what in text for _, row in lines)
+
+
+def test_edits_that_change_nothing_miss_the_bars(cells: list[Cell]) -> None:
+    made = report([measured(cell, lambda cell, prompt: None) for cell in cells if cell.section != BARE and cell.kind != "subjects"], cells)
+    lines = lines_of(made.results)
+    for method in ERASERS:
+        assert found(lines, f"{method}, {ALONE}", "drawn by name", "the worst").missed
+        assert found(lines, f"{method}, {ALONE}", "by given synonyms").missed
+        assert found(lines, f"{method}, {WEAPONS}", "other objects kept").met
+        assert all(found(lines, f"{method}, styles into another, {style} to fluent flat", "drawn by name").missed for style in STYLES)
+        assert found(lines, f"{method}, styles into nothing, twemoji to nothing", "drawn by name").missed
+        # told no style, the unedited model here draws noto
+        untold = found(lines, f"{method}, styles into nothing, noto to nothing", "drawn by name")
+        assert untold.bar == untold.estimate.value == 1 and not untold.missed
+    assert not found(lines, f"uce, {ALONE}", "nothing or one clean object").missed, "nothing was erased, so nothing is there instead"
+    text = made.page()
+    assert "≤ 5.0 % **missed**" in text and "nothing to measure" in text
+    assert "- rece, weapons, in one task: drawn by name: 100.0 %" in text
+
+
+def test_pooled_rates_hide_no_concept(cells: list[Cell]) -> None:
+    def draw(cell: Cell, prompt: Prompt) -> Reading | None:
+        return None if cell.task == "gem" and prompt in dict(cell.asked["name"][:2]) else clean(cell, prompt)
+
+    made = report([measured(cell, draw) for cell in cells if cell.section == ALONE], cells)
+    worst = found(lines_of(made.results), f"uce, {ALONE}", "the worst")
+    assert "(gem)" in worst.what and worst.missed and worst.estimate.value == 0.25
+    assert not [line for line in made.missed() if "the worst" not in line]
+    assert "| gem 25 %" in made.section(ALONE)
+
+
+def test_destroyed_images_are_no_erasure(cells: list[Cell]) -> None:
+    def smeared(cell: Cell, prompt: Prompt) -> Reading | None:
+        return reading({}, background="none") if set(cell.erased) & set(prompt.names) else None
+
+    lines = lines_of([measured(cell, smeared) for cell in cells if cell.section in (ALONE, ANCHORED)])
+    assert found(lines, f"uce, {ALONE}", "by given").estimate.value == 0
+    assert found(lines, f"uce, {ALONE}", "background relative").missed and found(lines, f"uce, {ALONE}", "one clean object").missed
+    assert found(lines, f"uce, {ANCHORED}", "instead, the anchor").missed
+
+
+def test_the_object_that_is_lost_is_named(world: World) -> None:
+    def draw(cell: Cell, prompt: Prompt) -> Reading | None:
+        return reading({}, background=prompt.scene.background) if "bee" in prompt.names else clean(cell, prompt)
+
+    cells = plan(world, smaller("main-job", 64))
+    made = report([measured(cell, draw) for cell in cells if cell.section == ALONE], cells)
+    lines = lines_of(made.results)
+    assert found(lines, f"uce, {ALONE}", "the object kept least (bee)").missed
+    assert not found(lines, f"uce, {ALONE}", "other objects kept").missed
+    assert "| bee | 0 %" in made.page()
+
+
+def test_of_two_objects_the_other_one_should_stay(world: World) -> None:
+    cells = [cell for cell in plan(world, smaller("closed-form", 8)) if cell.method == "uce" and cell.section == "1 object"]
+
+    def both(cell: Cell, prompt: Prompt) -> Reading | None:
+        return reading({}, background=prompt.scene.background) if len(prompt.names) == 2 else clean(cell, prompt)
+
+    good, bad = (lines_of([measured(cell, draw) for cell in cells]) for draw in (clean, both))
+    for lines, stays in ((good, 1), (bad, 0)):
+        assert found(lines, "drawn beside another").estimate.value == 0 and found(lines, "drawn beside another").before.value == 1
+        assert found(lines, "the other one, relative to before").estimate.value == stays
+
+
+def test_subjects_are_told_apart_from_what_stands_beside_them(cells: list[Cell]) -> None:
+    def draw(cell: Cell, prompt: Prompt) -> Reading | None:
+        return reading({"left": cell.task}, background=prompt.scene.background) if len(prompt.names) == 2 else None
+
+    lines = lines_of([measured(cell, draw) for cell in cells if cell.kind == "subjects"])
+    assert found(lines, "drawn beside another").estimate.value == 1 and found(lines, "both drawn").estimate.value == 0
+    assert found(lines, "new contexts", "drawn in").before.value == 0 and found(lines, "other objects kept").met
+
+
+def test_what_is_not_drawn_before_does_not_count(cells: list[Cell]) -> None:
+    def poor(name: str, of: str) -> Measured:
+        cell = next(cell for cell in cells if cell.name == name)
+        images = {
+            label: [(shown(a.prompt, reading({})) if of in a.prompt.names else a, b) for a, b in pairs]
+            for label, pairs in measured(cell, clean).images.items()
+        }
+        return Measured(cell, images, 1.0, 1, None, (None, None))
+
+    weapons = poor("uce-weapons,-in-one-task", "bow")
+    assert {item.prompt.names[0] for item in weapons.sides("held_back")[1]} == set(weapons.cell.erased) - {"bow"}
+    assert weapons.counts and still_drawn([weapons], "name", 0).value == 1
+    dog = poor("uce-dog", "dog")
+    assert not dog.counts and not rows([dog], "uce")
+    assert "Left out: dog (0 %)." in report([dog], cells).page()
