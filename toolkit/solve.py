@@ -15,7 +15,7 @@ from torch import Tensor
 from toolkit.errors import UserError
 
 _BLOCK = 4096  # rows turned to float64 at a time
-_COLUMNS = 128  # columns of a symmetric product computed at a time
+_COLUMNS = 256  # columns of a symmetric product computed at a time
 _SINGULAR = 1e13  # condition number above which float64 leaves the solution no reliable digits
 _DOUBTFUL = 1e-9  # reciprocal condition number, by a rough bound, below which the true one is computed
 
