@@ -29,6 +29,7 @@ from pipelines.closed_form.rece import RECE
 from pipelines.closed_form.rows import Placed, TaskRows
 from pipelines.closed_form.uce import UCE
 from toolkit.arch.base import Stream
+from toolkit.edits.base import EditInfo
 from toolkit.runs import write_atomic
 from toolkit.solve import closed_form, second_moment
 
@@ -51,7 +52,7 @@ class Shaped:
         each = [shape for shape, count in self.shapes.items() for _ in range(count)]
         self.linears = {f"denoiser.{i}": linear(*shape) for i, shape in enumerate(each)}
         streams = {"hidden": Stream(self.linears, lambda text: ())}
-        self.model: Any = SimpleNamespace(arch=SimpleNamespace(text_streams=lambda: streams), edits=(), fingerprint={})
+        self.model: Any = SimpleNamespace(arch=SimpleNamespace(text_streams=lambda: streams), info=lambda *_, **__: EditInfo())
 
     @property
     def width(self) -> int:

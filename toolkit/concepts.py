@@ -131,7 +131,7 @@ class MergeTask:
         for edit in self.edits:
             if not edit.info.triggers:
                 what = f"{edit.info.method or edit.kind()} edit brings no new words"
-                raise UserError(f"{what} that say what it is about; give the task's concepts, one for each edit")
+                raise UserError(f"{what} that say what it is about; give the concepts (--concept), one for each edit")
         return tuple(Concept(edit.info.triggers[0], edit.info.triggers[1:]) for edit in self.edits)
 
 

@@ -40,8 +40,15 @@ class Change:
         return torch.eye(len(self.u), dtype=self.u.dtype, device=self.u.device) + self.u @ self.v
 
     def then(self, later: Change) -> Change:
-        """Both changes, `later` fitted to the weights that this one gave: (I + D)(I + D') - I, exactly."""
-        return Change(torch.cat([self.u, later.u + self.u @ (self.v @ later.u)], 1), torch.cat([self.v, later.v]))
+        """Both changes, `later` fitted to the weights that this one gave: (I + D)(I + D') - I, exactly.
+
+        Columns that both U start with, as when the same rows are moved to the same targets once more, are held once.
+        """
+        both = min(self.rank, later.rank)
+        same = int((self.u[:, :both] == later.u[:, :both]).all(0).cumprod(0).sum())
+        v = self.v + (self.v @ later.u) @ later.v
+        v[:same] += later.v[:same]
+        return Change(torch.cat([self.u, later.u[:, same:]], 1), torch.cat([v, later.v[same:]]))
 
     def compressed(self, tolerance: float = 1e-12) -> Change:
         """The same D without the directions that are below `tolerance` of its largest singular value.
@@ -131,6 +138,18 @@ def preimage(weights: Iterable[Tensor], originals: Iterable[Tensor], rows: Tenso
     return _solve(_ridge(system, reg), right, f"raise reg (now {reg:g})").T
 
 
+def preimage_under(change: Change, moment: Tensor, rows: Tensor, reg: float) -> Tensor:
+    """`preimage` of rows [n, d] when every edited layer is its original one times T = I + D, W_l = W0_l T:
+
+        c' = (reg I + T^T M T)^{-1} T^T M c,   M = sum_l W0_l^T W0_l [d, d] float64, computed once for any number of changes.
+
+    Returns [n, d], float64.
+    """
+    answered = torch.addmm(moment, moment @ change.u, change.v)  # M T
+    system = torch.addmm(answered, change.v.T, change.u.T @ answered)
+    return _solve(_ridge(system, reg), answered.T @ rows.double().T, f"raise reg (now {reg:g})").T
+
+
 def shares(moments: Sequence[Tensor], keep: Tensor, lamb: float) -> list[Tensor]:
     """What of each of several changes dW_k belongs into their fusion W + sum_k dW_k R_k: R_k [d, d] that minimise
 
@@ -170,19 +189,25 @@ def joint_weight(weights: Iterable[Tensor]) -> Tensor:
     When every layer is W0_l T with the same T, sum_l ||W_l x - W0_l c||^2 = ||H T x - H c||^2.
     Its rows are the right singular vectors of all layers stacked, times their singular values, from the smallest on.
     """
-    values, vectors = torch.linalg.eigh(sum(second_moment(weight) for weight in weights))
+    values, vectors = torch.linalg.eigh(moment_of(weights))
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
 def second_moment(rows: Tensor) -> Tensor:
-    """sum_i x_i x_i^T [d, d] in float64, without a float64 copy of all rows. Only one triangle is computed."""
-    width = rows.shape[1]
-    total = torch.zeros(width, width, dtype=torch.float64, device=rows.device)
-    for block in rows.split(_BLOCK):
-        block = block.double()
+    """sum_i x_i x_i^T [d, d] in float64, without a float64 copy of all rows."""
+    return moment_of(rows.split(_BLOCK))
+
+
+def moment_of(parts: Iterable[Tensor]) -> Tensor:
+    """sum_l W_l^T W_l [d, d] in float64 of matrices W_l [o_l, d], at least one. Only one triangle is computed."""
+    total = None
+    for part in parts:
+        width, part = part.shape[1], part.double()
+        total = part.new_zeros(width, width) if total is None else total
         for first in range(0, width, _COLUMNS):
             last = first + _COLUMNS
-            total[first:last, first:].addmm_(block[:, first:last].T, block[:, first:])
+            total[first:last, first:].addmm_(part[:, first:last].T, part[:, first:])
+    assert total is not None
     return total.triu() + total.triu(1).T
 
 

@@ -78,7 +78,7 @@ class CustomDiffusionMerge(Method):
         _check_distinct(words)
         changes = [[(part, scale) for part, scale in each if not isinstance(part, TokenEdit)] for each in parts]
         if not any(changes):
-            raise UserError("no edit changes a layer that reads text, so nothing is to be solved; chain them with palimpsest compose")
+            raise UserError("no edit changes a layer that reads text, so nothing is to be solved; chain them: compose without --method")
         if not self.prior:
             raise UserError("prior is empty, needs captions to keep; give a file of captions, or built-in")
         prior = caption_prior(model.arch, self.prior, self.prior_rows, 1.0)
@@ -98,7 +98,7 @@ class CustomDiffusionMerge(Method):
             errors.append(float((wanted @ (right @ torch.cat(rows).T) - wanted).norm() / wanted.norm().clamp(min=1e-300)))
             factors |= _split(values, right)
         if not factors:
-            raise UserError("the edits change nothing at their own words; give the task's concepts, what each edit is about")
+            raise UserError("the edits change nothing at their own words; give the concepts (--concept), what each edit is about")
         if max(errors) > INEXACT:
             what = f"the merge misses what the edits do at their words by {max(errors):.1e}"
             warnings.warn(

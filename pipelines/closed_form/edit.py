@@ -38,5 +38,10 @@ def as_edit(model: Model, method: Method, changes: Mapping[str, Change], notes: 
 
 
 def _times(weight: Tensor, u: Tensor) -> Tensor:
-    """weight @ u in float64, a few rows at a time: a float64 copy of all of them would take longer than the product."""
+    """weight @ u to the precision of what is stored: in float32 on a CPU, where its products are three times as fast.
+
+    Elsewhere float32 may mean fewer digits (TF32), so it is float64 there, a few rows at a time to need no copy of them all.
+    """
+    if weight.device.type == "cpu":
+        return weight.detach().float() @ u.float()
     return torch.cat([rows.double() @ u for rows in weight.detach().split(_ROWS)])

@@ -36,8 +36,8 @@ def text_parts(model: Model, edit: Edit, *kinds: type[Kind]) -> list[tuple[Kind,
         what = f"{edit.info.method or edit.kind()} edit"
         if not isinstance(part, kinds):
             known = " or ".join(kind.kind() for kind in kinds)
-            raise UserError(f"{what} has a {part.kind()} part, merging in closed form needs {known}; chain it with palimpsest compose")
+            raise UserError(f"{what} has a {part.kind()} part, merging in closed form needs {known}; chain it: compose without --method")
         if others := sorted(set(part.parameter_names()) - reading):
-            raise UserError(f"{what} changes {others[0]}, which reads no text; leave it out, or chain it with palimpsest compose")
+            raise UserError(f"{what} changes {others[0]}, which reads no text; leave it out, or chain it: compose without --method")
         found.append((part, scale))
     return found

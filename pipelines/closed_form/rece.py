@@ -15,7 +15,7 @@ from pipelines.closed_form.uce import UCE
 from toolkit.concepts import EraseTask, Task
 from toolkit.errors import UserError
 from toolkit.method import Method, Score, option
-from toolkit.solve import Change, closed_form, joint_weight, preimage
+from toolkit.solve import Change, closed_form, moment_of, preimage_under
 
 if TYPE_CHECKING:
     from toolkit.edits.low_rank import LowRank
@@ -33,11 +33,11 @@ class RECE(Method):
                = (reg I + sum_l W_l^T W_l)^{-1} (sum_l W_l^T W0_l) c,
         and erase these by UCE's objective around the current weights:
             min_W'  a sum_i ||W' c'_i - W g_i||^2 + p sum_j ||W' k_j - W k_j||^2 + lamb ||W' - W||_F^2.
-        With W = W0 T and H^T H = sum_l W0_l^T W0_l the first is (reg I + T^T H^T H T)^{-1} T^T H^T H c, and the second
-        gives W' = W (I + D'), so that all layers share one T = I + D throughout.
+        With W = W0 T and M = sum_l W0_l^T W0_l the first is (reg I + T^T M T)^{-1} T^T M c, and the second gives
+        W' = W (I + D'), so that all layers share one T = I + D throughout.
 
     Shapes
-        c, c', g: [n, d], k: [m, d] text encoder outputs, d its width. W: [o, d]. D, H: [d, d]; each stage adds at most
+        c, c', g: [n, d], k: [m, d] text encoder outputs, d its width. W: [o, d]. D, M: [d, d]; each stage adds at most
         its n to the rank of D.
 
     Defaults
@@ -103,11 +103,11 @@ class RECE(Method):
             option="uce_lamb",
         )
         concept, target = text.moved(self.derive_rows)
-        original = joint_weight(linear.weight.to(keep.device) for linear in linears.values())
+        moment = moment_of(linear.weight.detach().to(keep.device) for linear in linears.values())
         changes = []
         for _ in range(self.epochs):
-            derived = preimage([original @ change.matrix()], [original], concept, self.reg)
-            rows, goals = (torch.cat([derived, concept]), torch.cat([target, target])) if self.again else (derived, target)
+            derived = preimage_under(change, moment, concept, self.reg)
+            rows, goals = (torch.cat([concept, derived]), torch.cat([target, target])) if self.again else (derived, target)
             step = closed_form(rows, goals, keep, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale, lamb=self.lamb)
             change = change.then(step)
             changes.append(change)

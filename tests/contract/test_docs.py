@@ -72,10 +72,10 @@ def test_the_shown_commands_are_understood(line: str) -> None:
     registry.load("command", name).add_arguments(parser)
     args = parser.parse_args(words)
     assert all(vars(args)[word[2:].replace("-", "_")] for word in words if word.startswith("--")), "every shown option is read"
-    if name in ("erase", "customize"):
-        open_method(name, args.method, args.set)
     if name == "attack":
         registry.load("attack", args.method)
+    elif getattr(args, "method", None):
+        open_method("merge" if name == "compose" else name, args.method, args.set)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.closed_form import Shaped, text
+from pipelines.closed_form.edit import as_edit
 from pipelines.closed_form.rece import RECE
 from pipelines.closed_form.uce import UCE
 from toolkit.concepts import Concept, EraseTask
 from toolkit.errors import UserError
 from toolkit.model import Model
+from toolkit.solve import closed_form
 
 BARE = ("{}",)
 CAT_TO_DOG = EraseTask((Concept("cat", anchor="dog"),), templates=BARE)
@@ -88,6 +91,17 @@ def test_erased_words_answer_as_their_anchor_and_kept_ones_as_before(tiny):
             after = [linear(last(tiny, "cat").float()) for linear in tiny.arch.text_linears().values()]
     for old, new, anchor in zip(before["cat"], after, before["dog"], strict=True):
         assert (new - anchor).norm() < 0.05 * (old - anchor).norm()
+
+
+def test_factors_are_as_exact_as_what_is_stored():
+    """At the width of SD1, against float64: computing a layer's factor in float32 must not cost more than storing it does by much."""
+    torch.manual_seed(0)
+    shaped = Shaped({(320, 768): 2})
+    change = closed_form(text(40, 768), text(40, 768), text(77, 768))
+    edit = as_edit(shaped.model, UCE(), {"hidden": change})
+    for site, layer in shaped.linears.items():
+        wanted = layer.weight.double() @ change.u @ change.v
+        assert (edit.delta(site).double() - wanted).norm() <= 1e-6 * wanted.norm()
 
 
 def naive_rece(model: Model, source: Tensor, target: Tensor, epochs: int, reg: float, again: bool) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from toolkit.errors import UserError
-from toolkit.solve import Change, closed_form, exact, joint_weight, preimage, second_moment, shares
+from toolkit.solve import Change, closed_form, exact, joint_weight, moment_of, preimage, preimage_under, second_moment, shares
 
 
 @dataclass
@@ -163,6 +163,10 @@ def test_then_composes_exactly():
     both = first.then(second)
     torch.testing.assert_close(both.matrix(), first.matrix() @ second.matrix(), rtol=1e-12, atol=1e-12)
     assert both.rank == first.rank + second.rank
+    again = Problem(p.weights, torch.cat([p.source, q.source]), torch.cat([p.target, q.target]), p.keep)
+    twice = first.then(solve(again))
+    torch.testing.assert_close(twice.matrix(), first.matrix() @ solve(again).matrix(), rtol=1e-12, atol=1e-12)
+    assert twice.rank == 3 + 4, "the same rows were moved to the same targets, so their columns are held once"
 
 
 @pytest.mark.parametrize("width", [4, 30])
@@ -216,6 +220,26 @@ def test_one_joint_weight_stands_for_all_layers(outs):
     torch.testing.assert_close(joint.T @ joint, sum(w.T @ w for w in p.weights), rtol=1e-10, atol=1e-10)
     layers = preimage([weight @ matrix for weight in p.weights], p.weights, p.source, 0.1)
     torch.testing.assert_close(preimage([joint @ matrix], [joint], p.source, 0.1), layers, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("reg", [1e-6, 0.1])
+@pytest.mark.parametrize(("width", "n"), [(10, 4), (10, 30), (300, 7)])
+def test_preimage_under_one_change_is_that_of_all_layers(width, n, reg):
+    """Twice: after a change, and after the next one, whose rows are partly the same."""
+    p = problem(26, width, n, 3, outs=(width + 7, 12))
+    moment, change = moment_of(p.weights), solve(p)
+    for _ in range(2):
+        found = preimage_under(change, moment, p.source, reg)
+        wanted = preimage([weight @ change.matrix() for weight in p.weights], p.weights, p.source, reg)
+        assert relative(found, wanted) <= 1e-7
+        change = change.then(closed_form(torch.cat([p.source, wanted]), torch.cat([p.target, p.target]), p.keep))
+
+
+def test_moment_of_parts_is_that_of_all_their_rows():
+    parts = [torch.randn(n, 300, generator=torch.Generator().manual_seed(n)) for n in (5, 600, 1)]
+    rows = torch.cat(parts).double()
+    for found in (moment_of(parts), second_moment(torch.cat(parts))):
+        torch.testing.assert_close(found, rows.T @ rows, rtol=1e-12, atol=1e-11)
 
 
 def test_preimage_without_ridge_of_a_narrow_model_says_the_cure():

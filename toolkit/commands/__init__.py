@@ -85,7 +85,7 @@ def open_edit(written: str, base: Callable[[], Model] | None = None) -> tuple[Ed
 
 
 def open_method(kind: str, name: str, settings: list[str]) -> Method:
-    """The method called `name` with its `--set` options; it must be of this kind ("erase", "customize")."""
+    """The method called `name` with its `--set` options; it must be of this kind ("erase", "merge")."""
     method = registry.load("method", name)
     if method.kind != kind:
         raise UserError(f"{name} is a method to {method.kind}, not to {kind}; give one of: {', '.join(_methods_of(kind))}")
@@ -124,22 +124,35 @@ def check_format(name: str) -> None:
 
 
 def fit_and_save(args: Namespace, method: Method, task: Task, out: Path) -> dict[str, Any]:
-    """Fit the method to the model and write edit.safetensors, config.json and result.json into `out`.
-
-    With `--export FORMAT`, also the folder FORMAT in it; checkpoint.safetensors for a model in one file.
-    """
+    """Fit the method to the model and write what it gives, as `save_fitted` does."""
     from toolkit.runs import timed
 
+    model = open_for(args, method)
+    with timed() as cost:
+        edit = method.fit(model, task)
+    return save_fitted(args, method, model, edit, out, dataclasses.asdict(task), dataclasses.asdict(cost))
+
+
+def open_for(args: Namespace, method: Method) -> Model:
+    """`open_model` for a method that must work on its architecture; whether there is such an `--export` is told before."""
     if args.export:
         check_format(args.export)
     model = open_model(args)
     if model.arch.name not in method.architectures:
         known = ", ".join(method.architectures)
         raise UserError(f"{args.method} does not work on {model.arch.name} models, only on {known}; give another --method or --model")
-    with timed() as cost:
-        edit = method.fit(model, task)
-    config = {"method": args.method, "config": method.config(), "model": args.model, "edits": args.edit, "task": dataclasses.asdict(task)}
-    result = save_result(out, edit, config, dataclasses.asdict(cost))
+    return model
+
+
+def save_fitted(
+    args: Namespace, method: Method, model: Model, edit: Edit, out: Path, task: dict[str, Any], measured: dict[str, Any]
+) -> dict[str, Any]:
+    """Write edit.safetensors, config.json (with `task`, what was asked) and result.json (with `measured`) into `out`.
+
+    With `--export FORMAT`, also the folder FORMAT in it; checkpoint.safetensors for a model in one file.
+    """
+    config = {"method": args.method, "config": method.config(), "model": args.model, "edits": args.edit, "task": task}
+    result = save_result(out, edit, config, measured)
     if args.export:
         from toolkit.io.export import export
 

@@ -9,30 +9,74 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from toolkit.commands import open_edit, open_model, save_result
+from toolkit.commands import MODEL_HELP, open_edit, open_for, open_method, open_model, save_fitted, save_result
+from toolkit.commands.erase import concepts
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
     from toolkit.edits.base import Edit
 
-HELP = "make one edit out of several, applied in this order"
+HELP = "make one edit out of several: applied in this order, or solved for by a method that merges"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("edits", nargs="+", metavar="EDIT", help="FILE[@SCALE], two or more")
-    parser.add_argument("--model", help="what LoRA files of other tools are for; edits need none")
+    parser.add_argument("--model", help=f"what a method merges on, and what LoRA files of other tools are for: {MODEL_HELP}")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
-    parser.set_defaults(edit=[])
+    solving = parser.add_argument_group("with a method that merges")
+    solving.add_argument("--method", metavar="NAME", help="solve for one edit with this method of kind merge, see: palimpsest methods")
+    solving.add_argument("--concept", nargs="+", action="extend", default=[], metavar="C", help="what each EDIT is about, if not its words")
+    solving.add_argument("--synonyms", nargs="+", action="extend", default=[], metavar="S", help="other words: C=gun,revolver")
+    solving.add_argument("--style", action="store_true", help="the concepts are styles, not objects")
+    solving.add_argument("--set", nargs="+", action="extend", default=[], metavar="K=V", help="options of the method")
+    solving.add_argument("--export", metavar="FORMAT", help="also write the edit in this format, see: palimpsest export --help")
+    parser.set_defaults(edit=[], anchor=[])
 
 
 def run(args: Namespace) -> dict[str, Any]:
-    """Writes edit.safetensors, config.json and result.json. Gives `edit`, `kind`, the cost and `edit_bytes`."""
+    """Writes edit.safetensors, config.json and result.json. Gives `edit`, `kind`, the cost and `edit_bytes`.
+
+    With --method, also `method` and `config`.
+    """
+    if len(args.edits) < 2:
+        raise UserError("one edit given, composing needs two or more; give another EDIT")
+    return _solve(args) if args.method else _apply_in_order(args)
+
+
+def _solve(args: Namespace) -> dict[str, Any]:
+    """One edit that the method solves for. Whether each edit fits the model is told by the method, which attaches them."""
+    from dataclasses import asdict
+
+    from toolkit.concepts import MergeTask
+    from toolkit.edits.chain import Chain
+    from toolkit.runs import check_writable, timed
+
+    method = open_method("merge", args.method, args.set)
+    for option in ("synonyms", "style"):
+        if getattr(args, option) and not args.concept:
+            raise UserError(f"--{option} is about a concept, and none is given; give --concept C for each EDIT, or leave it out")
+    about = concepts(args)
+    args.model = args.model or "emoji-sd"
+    base = functools.cache(lambda: open_for(args, method))  # loaded last, unless an edit needs it
+    given = [open_edit(written, base) for written in args.edits]
+    task = MergeTask(tuple(edit if scale == 1 else Chain.of([edit], [scale]) for edit, scale in given), about)
+    said = {"edits": args.edits, "concepts": [asdict(concept) for concept in task.about]}
+    out = check_writable(args.out)
+    model = base()
+    with timed() as cost:
+        edit = method.fit(model, task)
+    return save_fitted(args, method, model, edit, out, said, {"kind": edit.kind(), **asdict(cost)})
+
+
+def _apply_in_order(args: Namespace) -> dict[str, Any]:
+    """The edits' sum, or their chain."""
     from dataclasses import asdict
 
     from toolkit.runs import check_writable, timed
 
-    if len(args.edits) < 2:
-        raise UserError("one edit given, composing needs two or more; give another EDIT")
+    for option in ("concept", "synonyms", "style", "set", "export"):
+        if getattr(args, option):
+            raise UserError(f"--{option} is for a method that merges, and none is given; give --method NAME, or leave it out")
     base = functools.cache(lambda: open_model(args)) if args.model else None
     given = [open_edit(written, base) for written in args.edits]
     for name, problem in _problems(args.edits, [edit for edit, _ in given]):

@@ -69,7 +69,7 @@ class LowRank(Edit):
             out = sum(len(factors[site][0]) for site in sites)
             rank, columns = len(down), down[0].numel()
             if out * columns <= (out + columns) * rank:
-                dense |= {site: frozen(torch.tensordot(factors[site][0], down, dims=1)) for site in sites}
+                dense |= {site: frozen(torch.tensordot(factors[site][0].to(down), down, dims=1)) for site in sites}
             else:
                 ups |= {site: frozen(factors[site][0]) for site in sites}
                 downs |= dict.fromkeys(sites, frozen(down))
