@@ -51,7 +51,7 @@ class Shaped:
         each = [shape for shape, count in self.shapes.items() for _ in range(count)]
         self.linears = {f"denoiser.{i}": linear(*shape) for i, shape in enumerate(each)}
         streams = {"hidden": Stream(self.linears, lambda text: ())}
-        self.model: Any = SimpleNamespace(arch=SimpleNamespace(text_streams=lambda: streams), edits=(), fingerprint={})
+        self.model: Any = SimpleNamespace(arch=SimpleNamespace(text_streams=lambda: streams, text_readers=dict), edits=(), fingerprint={})
 
     @property
     def width(self) -> int:
