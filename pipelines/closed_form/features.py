@@ -131,7 +131,9 @@ class _Capture(Hook):
         every = torch.zeros(len(state.prompts), dtype=torch.long)
         self.blank = "negative" if "negative" in state.texts else "blank"
         state.texts.setdefault(self.blank, self.texts[""][every])
-        if self.drawing.concept is not None:
+        # A prompt that is its own anchor is not read twice, as rounding would tell the two apart.
+        self.concept = "prompt" if self.drawing.concept == self.drawing.prompt else "concept"
+        if self.drawing.concept is not None and self.concept == "concept":
             state.texts["concept"] = self.texts[self.drawing.concept][every]
         self.conditions = list(state.texts)
         self.length = state.texts["prompt"].hidden.shape[1]
@@ -145,7 +147,7 @@ class _Capture(Hook):
             return read[condition][:, torch.cat(positions)].flatten(0, 1)
 
         if self.drawing.concept is not None:
-            sums.move(chosen("concept", self.drawing.source), chosen("prompt", self.drawing.target), self.weights["move"])
+            sums.move(chosen(self.concept, self.drawing.source), chosen("prompt", self.drawing.target), self.weights["move"])
         sums.keep(chosen("prompt", self.drawing.kept, image), self.weights["keep"])
         sums.keep(chosen(self.blank, self.empty, image), self.weights["empty"])
 
