@@ -13,7 +13,8 @@ Rows are moved and kept as in rows.py, with two differences. In joint attention 
 that is not causal, and BOS is no longer the same in every prompt: it moves to the anchor's. Where a layer reads the image's rows
 behind the text's (Flux's single blocks share their keys and values), those of all prompts but the concept's are kept.
 
-All layers are captured in one go, in the model as it is given. Beside changed layers each layer reads other rows than those.
+All layers are captured in one go, in the model as it is given. With the layers before it changed, a layer reads something else
+than was captured; to solve one behind the other would take all drawings again for each.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def captured_changes(
     all drawings, has this weight for all of them together.
 
     Memory beside the model's: two d x d matrices in float64 for each reader, however many rows. Flux.1 has 57 readers of width
-    3072, which take 8.6 GB; SD3 medium 24 of width 1536, 0.9 GB. Time: two or three predictions (concept, anchor, and the empty
+    3072, which take 8.6 GB; SD3 medium 24 of width 1536, 0.9 GB. From there to the edit it takes as much again three times over
+    when more than d rows are moved, and little when they are few. Time: two or three predictions (concept, anchor, and the empty
     prompt) for each step of each drawing, d^2 operations in float64 for each row of each reader, and one factorisation and one
     SVD of d x d for each reader.
     """
@@ -79,14 +81,12 @@ def captured_changes(
     readers, device = model.arch.text_readers(), exact_device(model.arch)
     sums = {name: Sums(next(iter(linears.values())).in_features, device) for name, linears in readers.items()}
     empty, plan = drawings(model.arch, prompts, rows, preserve_rows)
-    weight = preserve_scale / (steps * images)
-    weights = {"move": erase_scale / (steps * images), "keep": weight, "empty": weight / len(plan)}
+    text, keep = prompts.text.to(model.arch.device), preserve_scale / (steps * images)
+    weights = {"move": erase_scale / (steps * images), "keep": keep, "empty": keep / len(plan)}
     with progress("drawings") as show:
         for done, drawing in enumerate(plan, 1):
-            text = prompts.text.to(model.arch.device)
-            hook = _Capture(
-                drawing, {prompt: text[[prompts.index[prompt]]] for prompt in ("", drawing.concept or "")}, empty, weights, sums
-            )
+            beside = {prompt: text[[prompts.index[prompt]]] for prompt in ("", drawing.concept or "")}
+            hook = _Capture(drawing, beside, empty, weights, sums)
             with _reading(readers, hook):
                 sample(model, [drawing.prompt] * images, range(seed, seed + images), steps=steps, hooks=[hook])
             show(done, len(plan))
