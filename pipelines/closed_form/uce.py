@@ -48,7 +48,9 @@ class UCE(Method):
         from ten preserved prompts on (1/n for n fewer; the current one takes 1, which erases less). rows "all" instead of
         its last subject token: in a causal text encoder every later token, padding included, carries the concept too.
         pipelines/closed_form/rows.py says how prompts are paired. layers "text" because it is the paper's, needs no prediction
-        of the denoiser, and one change of the encoded prompt reaches all layers behind it; 8 steps and 2 images are ours.
+        of the denoiser, and one change of the encoded prompt reaches all layers behind it. Captured layers alone leave the pooled
+        encoding, which scales and shifts what every block reads, and the text's own rows: they are meant for "both". 8 steps and
+        2 images are ours.
 
     Deviations
         The official code computes the same right-hand matrix and its inverse again for every layer, in float32; here

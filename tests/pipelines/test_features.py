@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,24 @@ def test_each_layer_answers_the_concept_as_its_anchor_with_its_bias_as_before(mo
                     after = layer(concept)
                     torch.testing.assert_close(after - layer(torch.zeros_like(concept)), after - layer.bias)
                 assert (after - goal).norm() < 0.05 * (before - goal).norm()
+
+
+def test_what_the_image_reads_of_the_words_comes_nearer_to_the_anchor(model: Model) -> None:
+    """With the anchor's pooled encoding, which other layers read; on latents that were not captured."""
+    task = EraseTask((Concept("cat", anchor="dog"),), ("dog",), ("a {}",))
+    edit = UCE(layers="captured", preserve_scale=1.0, lamb=1e-3, capture_steps=4, capture_images=2).fit(model, task)
+    latents = noise(["a dog"] * 2, [100, 101], model.arch.latent_shape(16, 16))
+    text = model.arch.encode(["a cat", "a dog"])
+    text = replace(text, pooled=None if text.pooled is None else text.pooled[[1, 1]])
+
+    def gap() -> Tensor:
+        concept, anchor = (model.arch.predict(latents, torch.tensor([900.0, 300.0]), text[[row, row]]) for row in (0, 1))
+        return (concept - anchor).norm()
+
+    with torch.no_grad():
+        before = gap()
+        with model.attached(edit):
+            assert gap() < 0.85 * before
 
 
 @pytest.mark.parametrize("layers", ["captured", "both"])
