@@ -18,7 +18,7 @@ from toolkit.model import Model
 from toolkit.sample import noise
 
 CAT_TO_DOG = EraseTask((Concept("cat", anchor="dog"),), ("cow",), ("a {}",))
-QUICK = {"capture_steps": 2, "capture_images": 1}
+QUICK: dict[str, Any] = {"capture_steps": 2, "capture_images": 1}
 CLIP = 77
 Read = dict[str, Tensor]
 

@@ -146,15 +146,19 @@ def test_segments_are_what_the_layers_read(arch: Flow) -> None:
 def test_readers_read_the_texts_rows_first(arch: Flow) -> None:
     """Against what each block is given, behind its own norm."""
     read: dict[str, Tensor] = {}
-    blocks: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
+    blocks: dict[str, tuple[Any, dict[str, Any]]] = {}
     denoiser, readers, handles = arch.components()["denoiser"], arch.text_readers(), []
+
+    def remember(site: str) -> Callable[[nn.Module, Any], None]:
+        return lambda layer, given: read.update({site: given[0]})
+
+    def remember_block(name: str) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
+        return lambda block, _, given: blocks.update({name: (block, given)})
+
     for name, linears in readers.items():
         block = denoiser.get_submodule(name.removeprefix("denoiser.").removesuffix(".attn"))
-        handles.append(
-            block.register_forward_pre_hook(lambda block, _, given, name=name: blocks.update({name: (block, given)}), with_kwargs=True)
-        )
-        for site, layer in linears.items():
-            handles.append(layer.register_forward_pre_hook(lambda layer, given, site=site: read.update({site: given[0]})))
+        handles.append(block.register_forward_pre_hook(remember_block(name), with_kwargs=True))
+        handles += [layer.register_forward_pre_hook(remember(site)) for site, layer in linears.items()]
     try:
         arch.predict(random(2, 4, 8, 8), torch.tensor([500, 500]), arch.encode([PROMPT, ""]))
     finally:
