@@ -67,7 +67,7 @@ def balanced(u: Tensor, v: Tensor, tolerance: float = 1e-12) -> tuple[Tensor, Te
     left, core_left = torch.linalg.qr(u)
     right, core_right = torch.linalg.qr(v.T)
     a, sigma, b = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
-    kept = sigma > tolerance * sigma.max()
+    kept = sigma > tolerance * sigma[:1]  # the largest, if there is any
     root = sigma[kept].sqrt()
     return left @ a[:, kept] * root, root[:, None] * (b[kept] @ right.T)
 
@@ -97,11 +97,7 @@ def closed_form(
     for any number of rows.
     Source: UCE (arXiv 2308.14761), equation 7, with v_i = W0 g_i.
     """
-    if not 0 < erase_scale < float("inf"):
-        raise UserError(f"erase_scale is {erase_scale}, needs a number above 0; give such a weight")
-    for name, value in (("preserve_scale", preserve_scale), (option, lamb)):
-        if not 0 <= value < float("inf"):
-            raise UserError(f"{name} is {value}, needs a number of at least 0; give such a weight")
+    check_weights(erase_scale, preserve_scale, lamb, option)
     n, width = source.shape
     if not preserve_scale:
         keep = keep[:0]
@@ -116,11 +112,43 @@ def closed_form(
     if n < width:
         v = erase_scale * _solve(_ridge(system, lamb), source.double().T, cure).T
         return Change((target.double() - source.double()).T, v)
-    moved = torch.zeros_like(system)  # sum_i c_i (g_i - c_i)^T
-    for rows, goals in zip(source.split(_BLOCK), target.split(_BLOCK), strict=True):
-        moved.addmm_(rows.double().T, goals.double() - rows.double())
-    v = erase_scale * _solve(_ridge(system, lamb), moved, cure).T
+    v = erase_scale * _solve(_ridge(system, lamb), _shift(source, target), cure).T
     return Change(torch.eye(width, dtype=v.dtype, device=v.device), v)
+
+
+def check_weights(erase_scale: float, preserve_scale: float, lamb: float, option: str = "lamb") -> None:
+    """Whether these can be the weights of a `closed_form`; if not, a UserError."""
+    if not 0 < erase_scale < float("inf"):
+        raise UserError(f"erase_scale is {erase_scale}, needs a number above 0; give such a weight")
+    for name, value in (("preserve_scale", preserve_scale), (option, lamb)):
+        if not 0 <= value < float("inf"):
+            raise UserError(f"{name} is {value}, needs a number of at least 0; give such a weight")
+
+
+class Sums:
+    """What `closed_form` needs of rows that come a few at a time: two d x d matrices in float64, however many rows there are.
+
+    width d of the rows, which are brought to `device`.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.system = torch.zeros(width, width, dtype=torch.float64, device=device)  # weighted sum of c c^T and k k^T
+        self.shift = torch.zeros_like(self.system)  # weighted sum of c (g - c)^T
+
+    def move(self, source: Tensor, target: Tensor, weight: float) -> None:
+        """Rows to move and where each goes, both [n, d]."""
+        source, target = source.to(self.system.device), target.to(self.system.device)
+        self.system.add_(second_moment(source), alpha=weight)
+        self.shift.add_(_shift(source, target), alpha=weight)
+
+    def keep(self, rows: Tensor, weight: float) -> None:
+        """Rows to keep [m, d]."""
+        self.system.add_(second_moment(rows.to(self.system.device)), alpha=weight)
+
+    def change(self, lamb: float) -> Change:
+        """The D of `closed_form` for all rows so far; its rank is that of the shifts g - c."""
+        x, y = balanced(self.shift, torch.eye(len(self.shift), dtype=self.shift.dtype, device=self.shift.device))
+        return Change(y.T, _solve(_ridge(self.system.clone(), lamb), x, f"raise lamb (now {lamb:g})").T)
 
 
 def preimage(weights: Iterable[Tensor], originals: Iterable[Tensor], rows: Tensor, reg: float) -> Tensor:
@@ -191,6 +219,14 @@ def joint_weight(weights: Iterable[Tensor]) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(moment_of(weights))
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+def _shift(source: Tensor, target: Tensor) -> Tensor:
+    """sum_i c_i (g_i - c_i)^T [d, d] in float64, without a float64 copy of all rows."""
+    total = torch.zeros(source.shape[1], source.shape[1], dtype=torch.float64, device=source.device)
+    for rows, goals in zip(source.split(_BLOCK), target.split(_BLOCK), strict=True):
+        total.addmm_(rows.double().T, goals.double() - rows.double())
+    return total
 
 
 def second_moment(rows: Tensor) -> Tensor:

@@ -111,7 +111,10 @@ class MACERefine(Method):
         more of them its batches leave some out. Tokens are matched from both ends as in the official code, but BOS, the same
         row in every prompt, is not among them.
         Captions that name the concept are left out of the prior. A concept without an anchor goes to the empty prompt, or to
-        the template without it; the paper always names one. Synonyms and preserved prompts are ours. Solved in float64 with
+        the template without it; the paper always names one. Synonyms and preserved prompts are ours. On SD3 and Flux the layers
+        are those of UCE. T5 reads in both directions, so that the words before a concept carry it too, and are moved as well;
+        the pooled encoding, where the concept cannot be told from the words beside it, moves as a whole. The paper's next two
+        stages are for a UNet: mace_fuse is not declared there. Solved in float64 with
         one factorisation for all layers, where the official code inverts once for each in float32.
     """
 
@@ -124,7 +127,7 @@ class MACERefine(Method):
     lamb: float = option(10.0, "weight of staying close to the given weights")
 
     kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
+    architectures: ClassVar = ("sd", "sdxl", "sd3", "flux")
     paper: ClassVar = "arXiv:2403.06135"
     training_free: ClassVar = True
 

@@ -57,7 +57,8 @@ class RealEraEmbedding(Method):
         has to stay as it is, and in a prompt's norm its padding counts most. Only the concept's last token in each prompt
         is perturbed: the directions are random, so that with the neighbours of all its 76 rows they would fill the width of
         the text, and everything would move. Neighbours weigh as much as moved rows, and rows beyond as much as kept ones.
-        Solved in float64.
+        On SD3 and Flux every encoder's row and the pooled one have embeddings of their own; those of SD3's CLIP rows also leave
+        the part of T5's width that these rows fill, as the layer reads it all. Solved in float64.
     """
 
     rows: Literal["last_subject", "tail_aligned", "all"] = option("all", "token rows that are moved: last_subject, tail_aligned or all")
@@ -75,7 +76,7 @@ class RealEraEmbedding(Method):
     lamb: float = option(0.5, "weight of staying close to the given weights")
 
     kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
+    architectures: ClassVar = ("sd", "sdxl", "sd3", "flux")
     paper: ClassVar = "arXiv:2410.09140"
     training_free: ClassVar = True
 

@@ -53,8 +53,10 @@ class RECE(Method):
         and without one the last epoch is taken. Several concepts are derived from the same weights and moved in one
         solve per epoch, as in the official code. With `again`, our default, the concept's own rows are moved in every
         epoch beside the derived ones: nothing in the objective holds them where UCE put them, and on the embedded model
-        they come back without it (19 of 24 prompts for a pistol draw one, after UCE alone or with it 0). Everything is solved in
-        float64.
+        they come back without it (19 of 24 prompts for a pistol draw one, after UCE alone or with it 0). On SD3 and Flux the
+        layers are those that read the text as it is, where an embedding is free; behind them (UCE's captured layers) a row follows
+        from the embedding, the image and the timestep, and one that the layers derive need not come about. Everything is
+        solved in float64.
     """
 
     rows: RowChoice = option("all", "token rows that UCE moves first: last_subject, tail_aligned, matched or all")

@@ -107,8 +107,40 @@ class TaskRows:
         return torch.cat([self.empty, self.preserved(choice)])
 
 
+@dataclass(frozen=True)
+class TaskPrompts:
+    """A task's prompts, encoded.
+
+    pairs: (template, word, anchor's template, anchor) of every pair of prompts. kept: (template, word) of the preserved ones.
+    index: prompt -> its place in `text`.
+    """
+
+    pairs: tuple[tuple[str, str, str, str], ...]
+    kept: tuple[tuple[str, str], ...]
+    index: Mapping[str, int]
+    text: Text
+
+    def rows(self, segments: Sequence[Segment]) -> TaskRows:
+        """As one stream of a model reads them; its segments of `text`."""
+        encodings = [_Encoding(segment, self.index) for segment in segments]
+        return TaskRows(
+            tuple((each.place(*pair[:2]), each.place(*pair[2:])) for each in encodings for pair in self.pairs),
+            tuple(each.place(*job) for each in encodings for job in self.kept),
+            tuple(each.place("{}", "") for each in encodings),
+        )
+
+
 def encode_task(arch: Architecture, task: Task, nothing: Nothing, own: Templates | None = None) -> dict[str, TaskRows]:
     """Encode every prompt of an erase task once. Returns stream -> its rows, see `Architecture.text_streams`.
+
+    nothing and own: see `encode_prompts`.
+    """
+    prompts = encode_prompts(arch, task, nothing, own)
+    return {name: prompts.rows(stream.segments(prompts.text)) for name, stream in arch.text_streams().items()}
+
+
+def encode_prompts(arch: Architecture, task: Task, nothing: Nothing, own: Templates | None = None) -> TaskPrompts:
+    """Encode every prompt of an erase task once.
 
     nothing: where concepts without an anchor go. own: the method's templates for each kind of concept, which take the place of
     the concepts' own; a task that has templates has the last word.
@@ -116,23 +148,14 @@ def encode_task(arch: Architecture, task: Task, nothing: Nothing, own: Templates
     task = erase_task(task)
     templates = [task.templates or (own[concept.kind] if own else concept.templates) for concept in task.concepts]
     _check(task, templates)
-    jobs = list(_jobs(task, templates, nothing))
+    pairs = tuple(_jobs(task, templates, nothing))
     distinct = dict.fromkeys(template for each in templates for template in each)
-    kept = [(template, word) for word in task.preserve for template in distinct]
-    prompts = ["", *(_fill(*job) for job in kept)]
-    for template, word, anchor_template, anchor in jobs:
-        prompts += [_fill(template, word), _fill(anchor_template, anchor), *_around(template), *_around(anchor_template)]
+    kept = tuple((template, word) for word in task.preserve for template in distinct)
+    prompts = ["", *(fill(*job) for job in kept)]
+    for template, word, anchor_template, anchor in pairs:
+        prompts += [fill(template, word), fill(anchor_template, anchor), *_around(template), *_around(anchor_template)]
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    text = encode(arch, list(index))
-    streams = {}
-    for name, stream in arch.text_streams().items():
-        encodings = [_Encoding(segment, index) for segment in stream.segments(text)]
-        streams[name] = TaskRows(
-            tuple((each.place(*job[:2]), each.place(*job[2:])) for each in encodings for job in jobs),
-            tuple(each.place(*job) for each in encodings for job in kept),
-            tuple(each.place("{}", "") for each in encodings),
-        )
-    return streams
+    return TaskPrompts(pairs, kept, index, encode(arch, list(index)))
 
 
 def erase_task(task: Task) -> EraseTask:
@@ -145,7 +168,7 @@ def erase_task(task: Task) -> EraseTask:
 def encode_concept(arch: Architecture, concept: Concept, templates: Sequence[str]) -> dict[str, tuple[Placed, ...]]:
     """Encode a concept's prompts: every template around every word. Returns stream -> the prompts, for every segment."""
     jobs = [(template, word) for template in templates for word in concept.words]
-    prompts = [part for template, word in jobs for part in (_fill(template, word), *_around(template))]
+    prompts = [part for template, word in jobs for part in (fill(template, word), *_around(template))]
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     text = encode(arch, list(index))
     return {
@@ -177,7 +200,7 @@ def _jobs(task: EraseTask, templates: Sequence[Sequence[str]], nothing: Nothing)
                 yield template, word, "{}" if empty and nothing == "empty_prompt" else template, concept.anchor or ""
 
 
-def _fill(template: str, word: str) -> str:
+def fill(template: str, word: str) -> str:
     """The prompt: the template with the word in its place."""
     return " ".join(template.replace("{}", word).split())
 
@@ -214,13 +237,13 @@ class _Encoding:
     def place(self, template: str, word: str) -> Placed:
         """Find the subject's rows: those that what stands before and after it in the template leaves over."""
         leading, causal = self.segment.leading, self.segment.causal
-        rows, length = self.up_to_eot(_fill(template, word))
+        rows, length = self.up_to_eot(fill(template, word))
         if self.segment.ids is None:
             return Placed(rows, 0, len(rows), None, leading, causal)
         before, after = (self.up_to_eot(part)[1] for part in _around(template))
         start, eot = before - 1, length - 1
         end = eot - (after - 1 - leading)
-        ids, ids_before, ids_after = (self.segment.ids[self.index[part]] for part in (_fill(template, word), *_around(template)))
+        ids, ids_before, ids_after = (self.segment.ids[self.index[part]] for part in (fill(template, word), *_around(template)))
         same = torch.equal(ids[:start], ids_before[:start]) and torch.equal(ids[end:eot], ids_after[leading : leading + eot - end])
         if not same or (word.strip() and end <= start):
             raise UserError(f"template {template!r} joins {word!r} to the words beside it; put spaces around the {{}}")

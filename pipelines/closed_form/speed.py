@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from toolkit.model import Model
 
 _ROUNDING = 1e-6  # part of what a text encoder computes in float32 that may be its rounding
-_ROUNDS = 50  # of k-means, for fewer than a hundred rows
+_ROUNDS = 50  # of k-means, for some hundred rows at most
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class SPEED(Method):
         filter's mean for augmented rows is over all of them; the official code's is over batches of 128 rows. Without augmentation
         the filter stays, which there goes with it. k-means starts from the rows furthest apart instead of random ones. With
         `per_layer` off the rows are refined for all layers together, by the sum of their changes: one solve instead of one for
-        each layer, and a smaller edit. Solved in float64.
+        each layer, and a smaller edit. On SD3 and Flux the layers are those of UCE, one for each stream of text: keys and values
+        are made of what they give, so that `layers` is the same either way. N counts a prompt once however many encoders
+        read it. T5 has no BOS, and of the pooled encoding it is the empty prompt's one row that stays. Solved in float64.
     """
 
     rows: RowChoice = option("all", "token rows that are moved: last_subject, tail_aligned, matched or all")
@@ -81,7 +83,7 @@ class SPEED(Method):
     seed: int = option(0, "of the noise")
 
     kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
+    architectures: ClassVar = ("sd", "sdxl", "sd3", "flux")
     paper: ClassVar = "arXiv:2503.07392"
     training_free: ClassVar = True
 
@@ -105,7 +107,7 @@ class SPEED(Method):
         retained = text.preserved(self.preserve_rows).double() if text.kept else blank
         bos = [prompt.hidden[: prompt.leading].double() for prompt in text.blank]
         invariant = torch.cat([*bos, centres(blank, self.invariants)])
-        weight = 1 / len(text.pairs)
+        weight = len(text.blank) / len(text.pairs)  # a prompt has a pair, and the empty one a part, for each encoder
         erase = closed_form(source, target, source[:0], erase_scale=weight, lamb=1.0)
         alike = not (self.per_layer and (self.prior_filter or self.augmentations))
         changes = {}

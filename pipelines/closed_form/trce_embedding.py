@@ -54,6 +54,8 @@ class TRCEEmbedding(Method):
         few preserved prompts the error says so. preserve_scale counts once; the official code multiplies by it twice and so
         by 1e-4. EOT is found by the tokens; the official code counts words, which is wrong as soon as one word has several
         tokens. Every token of the concept has the keyword's weight; there only the first. A pooled encoding is its own EOT.
+        SD3 and Flux are not declared: T5 is not causal, its end-of-text row is one among many that have read the prompt, and no
+        summary of it. What EOT alone moves there leaves the concept in all others, and with every row moved the method is uce.
         Solved in float64.
     """
 

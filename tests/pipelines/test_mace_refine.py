@@ -1,12 +1,16 @@
 """MACE's refinement against its equation written out token by token and layer by layer."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from pipelines.closed_form.mace_refine import TEMPLATES, MACERefine
 from pipelines.closed_form.prior import caption_moments
+from toolkit.arch.flux import Flux
 from toolkit.arch.sd import SD
+from toolkit.arch.sd3 import SD3
 from toolkit.arch.sdxl import SDXL
 from toolkit.concepts import Concept, EraseTask
 from toolkit.errors import UserError
@@ -22,16 +26,21 @@ def hidden(model: Model, prompt: str) -> Tensor:
 def beside(model: Model, old: str, new: str) -> tuple[Tensor, Tensor]:
     """Rows of the tokens before and after where two prompts differ, found by walking the token ids; BOS is left out."""
     text = model.arch.encode([old, new])
-    ids = [row[: int(length)] for row, length in zip(text.ids.tolist(), text.length, strict=True)]
+    chosen = in_common(text.ids, text.length, 1)
+    return hidden(model, old)[chosen[0]], hidden(model, new)[chosen[1]]
+
+
+def in_common(both: Tensor, lengths: Tensor, leading: int) -> list[list[int]]:
+    """Where the tokens that two prompts share are in each, and as much padding as both have; without the first `leading`."""
+    ids = [row[: int(length)] for row, length in zip(both.tolist(), lengths, strict=True)]
     start = 0
     while start < min(map(len, ids)) and ids[0][start] == ids[1][start]:
         start += 1
     ends = [len(row) for row in ids]
     while min(ends) > start and ids[0][ends[0] - 1] == ids[1][ends[1] - 1]:
         ends = [end - 1 for end in ends]
-    padding = 77 - max(map(len, ids))
-    chosen = [[*range(1, start), *range(end, len(row) + padding)] for row, end in zip(ids, ends, strict=True)]
-    return hidden(model, old)[chosen[0]], hidden(model, new)[chosen[1]]
+    padding = both.shape[1] - max(map(len, ids))
+    return [[*range(leading, start), *range(end, len(row) + padding)] for row, end in zip(ids, ends, strict=True)]
 
 
 def naive(w: Tensor, source: Tensor, target: Tensor, keep: Tensor, p: float, prior: Tensor, lamb: float) -> Tensor:
@@ -58,6 +67,31 @@ def test_it_follows_its_equation(family: type[SD], tmp_path) -> None:
         wanted = naive(w, source, target, keep, 0.3, prior, 0.7) - w
         assert (edit.delta(site).double() - wanted).norm() <= 1e-5 * wanted.norm()
     assert edit.info.notes == {"prior": {"captions": 2, "column": "prompt", "left_out": 1}}
+
+
+@pytest.mark.parametrize("family", [SD3, Flux])
+def test_it_follows_its_equation_in_each_stream_of_a_transformer(family: Any, tmp_path) -> None:
+    """The pooled encoding has no words beside the concept, and moves as a whole."""
+    model, captions = Model(family.tiny()), tmp_path / "captions.txt"
+    captions.write_text("a boat\ntwo houses\n", encoding="utf-8")
+    edit = MACERefine(preserve_scale=0.3, prior=str(captions), prior_scale=0.2, lamb=0.7).fit(model, TASK)
+    prior, olds, news = caption_moments(model.arch, ["a boat", "two houses"], "all"), (0, 1), (2, 3)
+    prompts = ["a cat at night", "a red car at night", "a dog at night", "a street at night", "", "a bird at night"]
+    assert set(edit.sites()) == {f"{site}.weight" for site in model.arch.text_linears()}
+    for name, stream in model.arch.text_streams().items():
+        source, target, keep = [], [], []
+        for segment in stream.segments(model.arch.encode(prompts)):
+            rows = segment.rows.double()
+            for old, new in zip(olds, news, strict=True):
+                both = [old, new]
+                chosen = [[0], [0]] if segment.ids is None else in_common(segment.ids[both], segment.length[both], segment.leading)
+                source.append(rows[old, chosen[0]])
+                target.append(rows[new, chosen[1]])
+            keep += [rows[4], rows[5]]
+        for site, linear in stream.linears.items():
+            w = linear.weight.double()
+            wanted = naive(w, torch.cat(source), torch.cat(target), torch.cat(keep), 0.3, 0.2 * prior[name], 0.7) - w
+            assert (edit.delta(site).double() - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_it_is_the_minimiser(tiny: Model) -> None:

@@ -1,5 +1,7 @@
 """RealEra's closed form on a tiny Stable Diffusion: its random embeddings are what they should be, and are erased and kept."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Generator, Tensor
@@ -7,6 +9,8 @@ from torch import Generator, Tensor
 from pipelines.closed_form.realera_embedding import RealEraEmbedding, around
 from pipelines.closed_form.rows import Placed, TaskRows, encode_task
 from pipelines.closed_form.uce import UCE
+from toolkit.arch.flux import Flux
+from toolkit.arch.sd3 import SD3
 from toolkit.concepts import Concept, EraseTask
 from toolkit.errors import UserError
 from toolkit.model import Model
@@ -85,6 +89,28 @@ def test_it_is_uce_with_two_kinds_of_rows_more(tiny: Model) -> None:
         weight = linear.weight.detach().double()
         wanted = naive(weight, moves, keep, 1.5, 0.3, 0.4) - weight
         assert (edit.delta(site).double() - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("family", [SD3, Flux])
+def test_every_encoding_of_a_transformer_has_embeddings_of_its_own(family: Any) -> None:
+    model, method, make = Model(family.tiny()), RealEraEmbedding(neighbours=2, beyond=3, seed=4), seeded(4)
+    edit, texts = method.fit(model, TASK), encode_task(model.arch, TASK, "empty_prompt")
+    for name, stream in model.arch.text_streams().items():
+        concept, goals, keep = [], [], []
+        for segment in stream.segments(model.arch.encode(["a cat", "a kitten", "a monet", "a dog", "", "a bird"])):
+            rows, last = segment.rows.double(), [0] * 6 if segment.ids is None else (segment.length - 2).tolist()
+            concept += [rows[i, last[i]] for i in range(3)]
+            goals += [rows[3, last[3]], rows[3, last[3]], rows[4, segment.leading]]
+            keep += [*rows[4], *rows[5]]
+        neighbours = around(torch.stack(concept), 2, (0.0, 1.0), (0.5, 0.9), make)
+        beyond = around(torch.stack(concept), 3, (1.0, 1.6), (-1.0, 0.5), make)
+        source, target = texts[name].moved("all")
+        moves = list(zip(source.double(), target.double(), strict=True))
+        moves += [(neighbours[2 * i + k], goals[i]) for i in range(len(goals)) for k in range(2)]
+        for site, linear in stream.linears.items():
+            weight = linear.weight.detach().double()
+            wanted = naive(weight, moves, [*keep, *beyond], 1.0, 0.1, 0.5) - weight
+            assert (edit.delta(site).double() - wanted).norm() <= 1e-6 * wanted.norm()
 
 
 @pytest.mark.parametrize("rows", ["last_subject", "tail_aligned", "all"])

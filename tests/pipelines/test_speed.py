@@ -1,6 +1,7 @@
 """SPEED on a tiny Stable Diffusion: the paper's formula layer by layer, and what its null space promises."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Generator, Tensor, nn
 from pipelines.closed_form.rows import Placed, TaskRows, encode_task
 from pipelines.closed_form.speed import SPEED, centres
 from pipelines.closed_form.uce import UCE
+from toolkit.arch.flux import Flux
+from toolkit.arch.sd3 import SD3
 from toolkit.concepts import Concept, EraseTask
 from toolkit.errors import UserError
 from toolkit.model import Model
@@ -122,6 +125,23 @@ def test_invariants_stay_even_where_nothing_else_of_them_is_retained(tiny: Model
         kept = torch.cat([empty[:1], centres(empty[1:], 3)])
         assert ((kept @ edit.delta(site).double().T).norm() / (kept @ linear.weight.double().T).norm()) < 1e-6
         assert (empty[1:] @ edit.delta(site).double().T).norm() > 1e-3
+
+
+@pytest.mark.parametrize("family", [SD3, lambda: Flux.tiny(distilled=False)], ids=["sd3", "flux"])
+def test_it_is_the_papers_formula_for_each_stream_of_a_transformer(family: Any) -> None:
+    model, task = Model(family.tiny() if family is SD3 else family()), EraseTask(TASK.concepts, ("bird", "cow"), ("{}",))
+    method, make = SPEED(augmentations=2, threshold=0.02), Generator().manual_seed(0)
+    edit, texts = method.fit(model, task), encode_task(model.arch, task, "empty_prompt")
+    for name, stream in model.arch.text_streams().items():
+        source, target = (rows.double() for rows in texts[name].moved("all"))
+        segments = stream.segments(model.arch.encode(["", "bird", "cow"]))
+        kept = torch.cat([segment.rows[prompt] for segment in segments for prompt in (1, 2)]).double()
+        bos = torch.cat([segment.rows[0, : segment.leading] for segment in segments]).double()
+        blank = torch.cat([segment.rows[0, segment.leading :] for segment in segments]).double()
+        for site, linear in stream.linears.items():
+            weight, invariant = linear.weight.detach().double(), torch.cat([bos, centres(blank, 3)])
+            wanted, _ = official(method, weight, source, target, 3, kept, invariant, make)
+            assert relative(edit.delta(site).double(), wanted) <= 1e-6
 
 
 def random_rows(width: int, prompts: int, kept: int, length: int = 9) -> TaskRows:

@@ -143,6 +143,41 @@ def test_segments_are_what_the_layers_read(arch: Flow) -> None:
     assert pooled.ids is None and pooled.length.tolist() == [1, 1] and pooled.leading == 0
 
 
+def test_readers_read_the_texts_rows_first(arch: Flow) -> None:
+    """Against what each block is given, behind its own norm."""
+    read: dict[str, Tensor] = {}
+    blocks: dict[str, tuple[Any, dict[str, Any]]] = {}
+    denoiser, readers, handles = arch.components()["denoiser"], arch.text_readers(), []
+
+    def remember(site: str) -> Callable[[nn.Module, Any], None]:
+        return lambda layer, given: read.update({site: given[0]})
+
+    def remember_block(name: str) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
+        return lambda block, _, given: blocks.update({name: (block, given)})
+
+    for name, linears in readers.items():
+        block = denoiser.get_submodule(name.removeprefix("denoiser.").removesuffix(".attn"))
+        handles.append(block.register_forward_pre_hook(remember_block(name), with_kwargs=True))
+        handles += [layer.register_forward_pre_hook(remember(site)) for site, layer in linears.items()]
+    try:
+        arch.predict(random(2, 4, 8, 8), torch.tensor([500, 500]), arch.encode([PROMPT, ""]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [len(linears) for linears in readers.values()] == [2, 2]  # two joint blocks of SD3; one of Flux, and a single one
+    assert read.keys().isdisjoint(arch.text_linears()) and read.keys() <= arch.lora_targets().keys()
+    for name, linears in readers.items():
+        block, given = blocks[name]
+        text, image, timestep = (given[key] for key in ("encoder_hidden_states", "hidden_states", "temb"))
+        if "single" in name:
+            expected = block.norm(torch.cat([text, image], 1), emb=timestep)[0]
+        elif getattr(block, "context_pre_only", False):
+            expected = block.norm1_context(text, timestep)
+        else:
+            expected = block.norm1_context(text, emb=timestep)[0]
+        assert all(torch.equal(read[site], expected) for site in linears)
+
+
 def test_segments_say_what_their_rows_depend_on(arch: Flow) -> None:
     text = arch.encode(["a photo of a cat", "a photo of a dog", "picture"])
     for segment in arch.text_streams()["hidden"].segments(text):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from toolkit.errors import UserError
-from toolkit.solve import Change, closed_form, exact, joint_weight, moment_of, preimage, preimage_under, second_moment, shares
+from toolkit.solve import Change, Sums, closed_form, exact, joint_weight, moment_of, preimage, preimage_under, second_moment, shares
 
 
 @dataclass
@@ -326,3 +326,26 @@ def test_shares_need_a_metric(lamb, message):
     p = problem(25, 12, 4, 5)
     with pytest.raises(UserError, match=message):
         shares([second_moment(p.source)], second_moment(p.keep), lamb)
+
+
+@pytest.mark.parametrize(("width", "n", "m"), [(20, 3, 50), (20, 60, 5), (300, 5000, 40)])
+def test_rows_that_come_a_few_at_a_time_have_the_same_solution(width, n, m):
+    p = problem(3, width, n, m)
+    sums = Sums(width, torch.device("cpu"))
+    for source, target in zip(p.source.split(7), p.target.split(7), strict=True):
+        sums.move(source, target, 2.0)
+    for keep in p.keep.split(3):
+        sums.keep(keep, 0.3)
+    change, again = sums.change(0.7), sums.change(0.7)
+    one = torch.eye(width)
+    assert relative(change.matrix() - one, solve(p, 2.0, 0.3, 0.7).matrix() - one) <= 1e-10
+    assert torch.equal(change.matrix(), again.matrix()) and change.rank == min(width, n)
+
+
+def test_sums_of_rows_that_stay_change_nothing():
+    p, sums = problem(4, 12, 5, 9), Sums(12, torch.device("cpu"))
+    sums.move(p.source, p.source, 1.0)
+    sums.keep(p.keep, 1.0)
+    assert sums.change(0.5).compressed().rank == 0
+    with pytest.raises(UserError, match=r"raise lamb \(now 0\)"):
+        Sums(12, torch.device("cpu")).change(0.0)

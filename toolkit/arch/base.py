@@ -175,6 +175,14 @@ class Architecture(ABC):
         one change of the rows does for all. Default: the hidden state, read by all `text_linears`."""
         return {"hidden": Stream(self.text_linears(), lambda text: (Segment(text.hidden, text.ids, text.length),))}
 
+    def text_readers(self) -> dict[str, dict[str, nn.Linear]]:
+        """Name -> (site -> linear layer), for the layers that read what earlier ones have made of the text's rows.
+
+        Layers of one name read the same rows [n, L, d]: those of the stream "hidden" in its order, and after them, in some, the
+        image's. They depend on the image and the timestep. A bias is no part of what an edit changes. Default: none.
+        """
+        return {}
+
     @abstractmethod
     def lora_targets(self) -> dict[str, nn.Linear]:
         """Site -> linear layer, for the layers that low-rank training usually adapts (attention projections)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,10 @@ class Flow(Encoders, ABC):
             "pooled": Stream(pooled, _pooled_segments),
         }
 
+    def text_readers(self) -> dict[str, dict[str, nn.Linear]]:
+        """The text's keys and values in each joint attention."""
+        return by_attention(self.denoiser_linears(".attn.add_k_proj", ".attn.add_v_proj"))
+
     @abstractmethod
     def _hidden_segments(self, text: Text) -> tuple[Segment, ...]:
         """The hidden state by encoders."""
@@ -136,6 +140,12 @@ class Flow(Encoders, ABC):
     def _sigmas(self, steps: int) -> list[float] | None:
         """Noise levels before the shift, None is the scheduler's own."""
         return None
+
+
+def by_attention(linears: Mapping[str, nn.Linear]) -> dict[str, dict[str, nn.Linear]]:
+    """Attention's site -> its linear layers."""
+    sites = dict.fromkeys(site.rpartition(".")[0] for site in linears)
+    return {name: {site: linear for site, linear in linears.items() if site.rpartition(".")[0] == name} for name in sites}
 
 
 def _pooled_segments(text: Text) -> tuple[Segment, ...]:

@@ -11,11 +11,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from toolkit.arch.base import Segment, Text, from_pretrained
-from toolkit.arch.flow import TINY_FLOW_VAE, TINY_T5, Flow, tiny_t5_config, tiny_t5_tokenizer
+from toolkit.arch.flow import TINY_FLOW_VAE, TINY_T5, Flow, by_attention, tiny_t5_config, tiny_t5_tokenizer
 from toolkit.arch.sd import TINY_TEXT, TINY_VAE, tiny_text_config, tiny_tokenizer
 
 TINY_TRANSFORMER: dict[str, Any] = {
@@ -68,6 +68,13 @@ class Flux(Flow):
                 "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled),
             }
         return cls(FluxPipeline(**parts))
+
+    # --- parts --------------------------------------------------------------------------------------------------
+    def text_readers(self) -> dict[str, dict[str, nn.Linear]]:
+        """Those of the joint attentions, and the keys and values of the later blocks, which read text and image in one sequence."""
+        attention = self.denoiser_linears(".attn.to_k", ".attn.to_v")
+        single = {site: linear for site, linear in attention.items() if ".single_transformer_blocks." in site}
+        return {**super().text_readers(), **by_attention(single)}
 
     # --- text ---------------------------------------------------------------------------------------------------
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:
