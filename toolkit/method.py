@@ -32,6 +32,9 @@ class Method(Configured, ABC):
     architectures: ClassVar[tuple[str, ...]]
     paper: ClassVar[str]
     training_free: ClassVar[bool]
+    needs: ClassVar[Literal["text", "all"]] = "all"
+    """What of a model `fit` looks at without a `score`: "text" is the text encoders, and the weights of the layers that read what
+    they give; then the rest may stay in its file. "all" runs the denoiser, or looks at other weights."""
 
     @abstractmethod
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> Edit:

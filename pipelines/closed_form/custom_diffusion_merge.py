@@ -69,6 +69,7 @@ class CustomDiffusionMerge(Method):
     architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2212.04488"
     training_free: ClassVar = True
+    needs: ClassVar = "text"
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> Edit:
         """Solve once. There is nothing to choose among, so `score` is not called."""

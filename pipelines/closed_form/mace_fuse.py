@@ -64,6 +64,7 @@ class MACEFuse(Method):
     architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2403.06135"
     training_free: ClassVar = True
+    needs: ClassVar = "text"
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once. There is nothing to choose among, so `score` is not called."""

@@ -78,6 +78,7 @@ class RealEraEmbedding(Method):
     architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2410.09140"
     training_free: ClassVar = True
+    needs: ClassVar = "text"
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once. There is nothing to choose among, so `score` is not called."""

@@ -75,6 +75,7 @@ class RECE(Method):
     architectures: ClassVar = ("sd", "sdxl", "sd3", "flux")
     paper: ClassVar = "arXiv:2407.12383"
     training_free: ClassVar = True
+    needs: ClassVar = "text"
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve UCE and then `epochs` times its adversarial embeddings. `score` chooses among the epochs."""

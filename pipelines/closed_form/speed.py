@@ -84,6 +84,7 @@ class SPEED(Method):
     architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2503.07392"
     training_free: ClassVar = True
+    needs: ClassVar = "text"
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once for each layer. There is nothing to choose among, so `score` is not called."""

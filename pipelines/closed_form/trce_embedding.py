@@ -70,6 +70,7 @@ class TRCEEmbedding(Method):
     architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2503.07389"
     training_free: ClassVar = True
+    needs: ClassVar = "text"
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once. There is nothing to choose among, so `score` is not called."""

@@ -64,6 +64,7 @@ class UCE(Method):
     architectures: ClassVar = ("sd", "sdxl", "sd3", "flux")
     paper: ClassVar = "arXiv:2308.14761"
     training_free: ClassVar = True
+    needs: ClassVar = "text"
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once. There is nothing to choose among, so `score` is not called."""
