@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 from pipelines.closed_form.rows import Placed, TaskRows, encode_task
 from pipelines.closed_form.speed import SPEED, centres
 from pipelines.closed_form.uce import UCE
+from tests.pipelines.reference import assert_follows, layers
 from toolkit.concepts import Concept, EraseTask
 from toolkit.errors import UserError
 from toolkit.model import Model
@@ -80,6 +81,18 @@ def test_it_is_the_papers_formula(tiny: Model, method: SPEED) -> None:
         wanted, rows = official(method, weight, source, target, 3, bird, invariant, make)
         assert relative(edit.delta(site).double(), wanted) <= 1e-6
         assert (len(rows) == 77) == (not method.prior_filter and not method.augmentations)
+
+
+def test_layers_as_stable_diffusion_has_them(real64: Model) -> None:
+    """Without refinement the formula is linear in the weights, so that those of several layers can stand one below the other."""
+    method = SPEED(layers="keys_and_values", **PLAIN)
+    edit = method.fit(real64, TASK)
+    source, target = encode_task(real64.arch, TASK, "empty_prompt")["hidden"].moved("all")
+    empty, bird = hidden(real64, "", "bird")
+    invariant = torch.cat([empty[:1], centres(empty[1:], method.invariants)])
+    weights = layers(real64)
+    wanted = official(method, torch.cat(list(weights.values())), source, target, 3, bird, invariant, Generator())[0]
+    assert_follows(edit, real64, dict(zip(weights, wanted.split([len(weight) for weight in weights.values()]), strict=True)))
 
 
 @pytest.mark.parametrize(("threshold", "prior_filter", "times"), [*product((1e-3, 1e-2, 0.1), (False, True), (0, 4))])

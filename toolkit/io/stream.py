@@ -109,7 +109,7 @@ def _check_base(source: Path, arch: Architecture, edit: Edit, strict: bool) -> N
     names = [f"{part}.{name}" for part, module in arch.components().items() if part != "vae" for name, _ in module.named_parameters()]
     stored = places(source, lambda: arch, names)
     if lost := [name for name, found in stored.items() if not found]:
-        raise UserError(f"{str(source)!r} lacks {len(lost)} parameters of {arch.name} models, such as {lost[0]}; give a complete checkpoint")
+        raise UserError(f"{str(source)!r} lacks {len(lost)} parameters of its model, such as {lost[0]}; give a complete checkpoint")
     found = fingerprint(arch, lambda name: stored[name][0].read())
     for part, _ in edit.parts():
         if not same_base(part.info.base, found):
