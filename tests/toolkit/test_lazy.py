@@ -132,10 +132,13 @@ def test_of_several_variants_it_reads_the_one_that_is_loaded(tiny: Model, tmp_pa
 def test_an_incomplete_file_is_told(write: Writer, lost: str) -> None:
     _, path = write()
     key = recognise(path).layout.slots([lost])[lost].key
-    save_file({name: value for name, value in load_file(path).items() if name != key}, path)
-    with pytest.raises(UserError, match="give a complete checkpoint") as error:
-        load_model(str(path), lazily=True)
-    assert "\n" not in str(error.value)
+    tensors = load_file(path)
+    value = tensors.pop(key)
+    for changed in (tensors, {**tensors, key: value[:-1].clone()}):
+        save_file(changed, path)
+        with pytest.raises(UserError, match="give a complete checkpoint") as error:
+            load_model(str(path), lazily=True)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("version", FAMILIES)

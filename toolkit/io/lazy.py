@@ -40,15 +40,19 @@ def load_lazily(family: type[Architecture], source: str, *, dtype: torch.dtype) 
     path = Path(source)
     arch = family.load_text(source, path if path.is_dir() else recognise(path).layout.configs, dtype=dtype)
     parts = arch.components().items()
-    left = [f"{part}.{name}" for part, module in parts for name, value in module.named_parameters() if value.is_meta]
+    left = {f"{part}.{name}": value.shape for part, module in parts for name, value in module.named_parameters() if value.is_meta}
     stored = places(path, lambda: arch, left)
 
     def read(name: str) -> Tensor:
         # A folder may hold other variants too, "model.fp16.safetensors"; what is loaded is the one without such a word.
         found = [place for place in stored[name] if path.is_file() or "." not in place.file.stem]
         if not found:
-            raise UserError(f"{source!r} lacks {name}, which every {arch.name} model has; give a complete checkpoint")
-        return found[0].read()
+            raise UserError(f"{source!r} lacks {name}, which its kind of model has; give a complete checkpoint")
+        value = found[0].read()
+        if value.shape != left[name]:
+            what = f"{name} of {source!r} is {list(value.shape)}, its configuration says {list(left[name])}"
+            raise UserError(f"{what}; give a complete checkpoint")
+        return value
 
     arch.unread = read
     for site, linear in arch.text_linears().items():
