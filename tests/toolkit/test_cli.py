@@ -191,7 +191,7 @@ def test_checkpoints_keep_their_form(
         assert at_once == str(tmp_path / "out" / name)
         exporting = ("export", tmp_path / "out", "--model", source, "--format", "checkpoint", "--strict", "--out")
         with monkeypatch.context() as patched:
-            patched.setattr("toolkit.commands.open_model", None)
+            patched.setattr("toolkit.commands.export.open_model", None)
             (later,) = call(capsys, *exporting, tmp_path / f"later-{name}")["files"]
         model = load_model(source)
         model.attach(load_edit(tmp_path / "out"))
