@@ -121,7 +121,7 @@ class MergeTask:
 
     def __post_init__(self) -> None:
         if self.concepts and len(self.concepts) != len(self.edits):
-            raise UserError(f"{len(self.concepts)} concepts for {len(self.edits)} edits; give one for each edit, or none")
+            raise UserError(f"number of concepts is {len(self.concepts)}, of edits {len(self.edits)}; give one for each edit, or none")
 
     @property
     def about(self) -> tuple[Concept, ...]:

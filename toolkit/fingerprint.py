@@ -22,7 +22,7 @@ def fingerprint(arch: Architecture, read: Callable[[str], Tensor] | None = None)
     architecture; shapes: a hash of all parameter names and shapes; dtype of the denoiser; weights: a hash of a strided
     sample of each parameter; signs: one of the sample's signs alone, which survive rounding to another dtype.
 
-    read: gives a parameter's values by its name, where `arch` has none.
+    read: gives a parameter's values by its name, where `arch` is hollow; they are taken in the types that they have.
     """
     shapes, weights, signs = (hashlib.blake2b(digest_size=16) for _ in range(3))
     dtypes: dict[str, torch.dtype] = {}
@@ -31,9 +31,11 @@ def fingerprint(arch: Architecture, read: Callable[[str], Tensor] | None = None)
             continue
         for name, parameter in module.named_parameters():
             shapes.update(f"{component}.{name} {tuple(parameter.shape)}\n".encode())
-            values = (read(f"{component}.{name}") if read else parameter.detach()).flatten()
-            dtypes.setdefault(component, values.dtype)
-            sample = values[:: max(1, len(values) // SAMPLES)].cpu().contiguous()
+            given = read or (arch.unread if parameter.is_meta else None)
+            values = (given(f"{component}.{name}") if given else parameter.detach()).flatten()
+            sample = values[:: max(1, len(values) // SAMPLES)].cpu()
+            sample = (sample if read else sample.to(parameter.dtype)).contiguous()
+            dtypes.setdefault(component, sample.dtype)
             weights.update(sample.view(torch.uint8).numpy().tobytes())
             signs.update(np.packbits(torch.signbit(sample).numpy()).tobytes())
     return {

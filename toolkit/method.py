@@ -42,6 +42,11 @@ class Method(Configured, ABC):
         the method may choose among its own candidates.
         """
 
+    def needs(self) -> Literal["text", "all"]:
+        """What of a model `fit` looks at without a `score`: "text" is the text encoders, and the weights of the layers that read what
+        they give; then the rest may stay in its file. "all" runs the denoiser, or looks at other weights."""
+        return "all"
+
     @classmethod
     @abstractmethod
     def example_task(cls, model: Model) -> Task:

@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolkit import registry
 from toolkit.arch.base import Architecture
@@ -21,6 +22,7 @@ from toolkit.edits.base import Edit, EditInfo, not_mergeable
 from toolkit.errors import UserError, unknown
 from toolkit.fingerprint import fingerprint, same_base
 from toolkit.io.files import PICKLES
+from toolkit.io.lazy import load_lazily
 
 if TYPE_CHECKING:
     from toolkit.method import Method
@@ -141,11 +143,12 @@ class Model:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move or round the model; attached edits are computed anew from the moved base."""
-        place = {"device": device or self.arch.device, **({"dtype": dtype} if dtype else {})}
+        place, rounding = {"device": device or self.arch.device}, {"dtype": dtype} if dtype else {}
         with self._bare():
             for module in self.arch.components().values():
+                left_in_file = any(parameter.is_meta for parameter in module.parameters())
                 try:
-                    module.to(**place)
+                    module.to(**({} if left_in_file else place), **rounding)
                 except (RuntimeError, AssertionError) as error:
                     reason = str(error).splitlines()[0]
                     raise UserError(f"cannot move the model to {device}: {reason}; give a device that this machine has") from error
@@ -184,10 +187,10 @@ class Model:
             for name in part[0].parameter_names():
                 touching.setdefault(name, []).append(part)
         for name in self._touched.keys() - touching.keys():
-            self._parameter(name).data = self._touched[name].base
+            self.arch.parameter(name).data = self._touched[name].base
             del self._touched[name]
         for name, edits in touching.items():
-            parameter, touched = self._parameter(name), self._touched.get(name)
+            parameter, touched = self.arch.parameter(name), self._touched.get(name)
             if touched and touched.edits == edits:
                 continue
             base = touched.base if touched else parameter.data
@@ -199,10 +202,6 @@ class Model:
         for edit, _ in parts:
             self._entered.append((edit, edit.enter(self)))
         self._attached = attached
-
-    def _parameter(self, name: str) -> nn.Parameter:
-        component, _, path = name.partition(".")
-        return self.arch.components()[component].get_parameter(path)
 
     def _read_base(self) -> None:
         """Note what identifies the base, and the shapes that edits must fit; to be called with nothing attached."""
@@ -242,15 +241,20 @@ class Model:
                 raise not_mergeable(edit)
 
 
-def load_model(source: str = "emoji-sd", *, device: str = "cpu", dtype: str = "float32", strict: bool = False) -> Model:
+def load_model(
+    source: str = "emoji-sd", *, device: str = "cpu", dtype: str = "float32", strict: bool = False, lazily: bool = False
+) -> Model:
     """A model from "emoji-sd" (the embedded one), a diffusers folder, a .safetensors checkpoint or a hub id. Failing to is a UserError.
 
-    dtype: float32, float16 or bfloat16.
+    dtype: float32, float16 or bfloat16. lazily: leave the denoiser and the image decoder in their files, when they are on the
+    disk and not on a hub; see `load_lazily`.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     path = str(EMBEDDED) if source == "emoji-sd" else source
-    return Model(architecture(path).load(path, dtype=DTYPES[dtype]), source, strict=strict).to(device)
+    family = architecture(path)
+    load = partial(load_lazily, family) if lazily and Path(path).exists() else family.load
+    return Model(load(path, dtype=DTYPES[dtype]), source, strict=strict).to(device)
 
 
 def architecture(source: str) -> type[Architecture]:

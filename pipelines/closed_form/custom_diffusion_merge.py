@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -108,6 +108,9 @@ class CustomDiffusionMerge(Method):
         info = model.info(self, triggers, {**prior.notes, "error": max(errors)})
         merged = LowRank.from_factors(factors, info)
         return Chain.of([*words, merged], info=info) if words else merged
+
+    def needs(self) -> Literal["text"]:
+        return "text"
 
     @classmethod
     def example_task(cls, model: Model) -> MergeTask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -92,6 +92,9 @@ class MACEFuse(Method):
             factors |= _fused(parts, list(stream.linears))
         triggers = tuple(dict.fromkeys(word for edit, _ in pairs for word in edit.info.triggers))
         return LowRank.from_factors(factors, model.info(self, triggers, prior.notes))
+
+    def needs(self) -> Literal["text"]:
+        return "text"
 
     @classmethod
     def example_task(cls, model: Model) -> MergeTask:

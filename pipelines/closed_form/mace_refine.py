@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pipelines.closed_form.edit import as_edit
 from pipelines.closed_form.prior import PRIOR_HELP, ROWS, ROWS_HELP, SCALE, SCALE_HELP, PriorRows
@@ -136,6 +136,9 @@ class MACERefine(Method):
         shared = {name: getattr(self, name) for name in self.config()}  # its options are among UCE's
         changes, notes = UCE(rows="matched", **shared).solve(model, task, TEMPLATES)
         return as_edit(model, self, changes, notes)
+
+    def needs(self) -> Literal["text"]:
+        return "text"
 
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:

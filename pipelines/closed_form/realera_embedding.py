@@ -110,6 +110,9 @@ class RealEraEmbedding(Method):
             lamb=self.lamb,
         )
 
+    def needs(self) -> Literal["text"]:
+        return "text"
+
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:
         """The same as UCE's."""

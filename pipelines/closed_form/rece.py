@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -114,6 +114,9 @@ class RECE(Method):
             change = change.then(step)
             changes.append(change)
         return changes
+
+    def needs(self) -> Literal["text"]:
+        return "text"
 
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:

@@ -154,6 +154,9 @@ class SPEED(Method):
             raise UserError(f"{smallest}, which {left}; raise threshold or preserve fewer prompts")
         return inside @ null.T
 
+    def needs(self) -> Literal["text"]:
+        return "text"
+
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:
         """UCE's in one template: more retained rows would fill the narrow text encoder of a tiny model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -104,6 +104,9 @@ class TRCEEmbedding(Method):
         moves = [move for move in moves if move[2]]
         root = concept.hidden.new_tensor([weight for _, _, weight in moves], dtype=torch.float64).sqrt()[:, None]
         return root * concept.hidden[[row for row, _, _ in moves]], root * anchor.hidden[[row for _, row, _ in moves]]
+
+    def needs(self) -> Literal["text"]:
+        return "text"
 
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:

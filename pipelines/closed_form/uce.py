@@ -138,6 +138,9 @@ class UCE(Method):
         }
         return changes, prior.notes
 
+    def needs(self) -> Literal["text", "all"]:
+        return "text" if self.layers == "text" else "all"
+
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:
         """An object with a synonym and an anchor, a style without one, and a word to keep."""

@@ -99,6 +99,16 @@ def test_fitting_is_repeatable(fitted: Fitted) -> None:
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_what_needs_the_text_alone_is_fitted_with_the_rest_left_in_its_file(fitted: Fitted, tmp_path: Path) -> None:
+    if fitted.method.needs() == "all":
+        pytest.skip("it looks at more than the text encoders and the layers that read text")
+    model = load_model(str(fitted.model.save(tmp_path / "model")), lazily=True)
+    edit = fitted.method.fit(model, fitted.task)
+    first, again = fitted.edit.tensors(), edit.tensors()
+    assert edit.info == fitted.edit.info
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
 def test_the_edit_says_where_it_comes_from(fitted: Fitted) -> None:
     info = fitted.edit.info
     assert info.method == fitted.method.name() and dict(info.config) == fitted.method.config()

@@ -1,4 +1,4 @@
-"""UCE and RECE on a tiny Stable Diffusion, against the equations written out layer by layer on the real encoded prompts."""
+"""UCE and RECE on Stable Diffusion, against the equations written out layer by layer on the real encoded prompts."""
 
 import dataclasses
 import itertools
@@ -11,6 +11,7 @@ from benchmarks.closed_form import Shaped, text
 from pipelines.closed_form.edit import as_edit
 from pipelines.closed_form.rece import RECE
 from pipelines.closed_form.uce import UCE
+from tests.pipelines.reference import assert_follows, layers
 from toolkit.concepts import Concept, EraseTask
 from toolkit.errors import UserError
 from toolkit.model import Model
@@ -45,41 +46,33 @@ def naive(weight: Tensor, source: Tensor, target: Tensor, keep: Tensor, a: float
     return left @ torch.linalg.inv(right)
 
 
-def layers(model: Model) -> dict[str, Tensor]:
-    return {site: linear.weight.detach().double().clone() for site, linear in model.arch.text_linears().items()}
+def naive_changes(model: Model, source: Tensor, target: Tensor, keep: Tensor, a: float, b: float, lamb: float) -> dict[str, Tensor]:
+    return {site: naive(weight, source, target, keep, a, b, lamb) - weight for site, weight in layers(model).items()}
 
 
-def assert_same_change(edit, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    assert set(edit.sites()) == {f"{site}.weight" for site in before}
-    for site, weight in before.items():
-        wanted = after[site] - weight
-        assert (edit.delta(site).double() - wanted).norm() <= 1e-5 * wanted.norm()
-
-
-def test_uce_of_last_tokens_with_synonyms_and_a_preserve_set(tiny):
+def test_uce_of_last_tokens_with_synonyms_and_a_preserve_set(model64):
     task = EraseTask((Concept("cat", ("kitten",), "dog"), Concept("cow", anchor="horse")), preserve=("bird",), templates=BARE)
-    edit = UCE(rows="last_subject", erase_scale=2.0, preserve_scale=0.3, lamb=0.7).fit(tiny, task)
-    source = torch.cat([last(tiny, word) for word in ("cat", "kitten", "cow")])
-    target = torch.cat([last(tiny, word) for word in ("dog", "dog", "horse")])
-    keep = torch.cat([hidden(tiny, ""), hidden(tiny, "bird")])
-    before = layers(tiny)
-    assert_same_change(edit, before, {site: naive(w, source, target, keep, 2.0, 0.3, 0.7) for site, w in before.items()})
+    edit = UCE(rows="last_subject", erase_scale=2.0, preserve_scale=0.3, lamb=0.7).fit(model64, task)
+    source = torch.cat([last(model64, word) for word in ("cat", "kitten", "cow")])
+    target = torch.cat([last(model64, word) for word in ("dog", "dog", "horse")])
+    keep = torch.cat([hidden(model64, ""), hidden(model64, "bird")])
+    assert_follows(edit, model64, naive_changes(model64, source, target, keep, 2.0, 0.3, 0.7))
 
 
 @pytest.mark.parametrize("anchor", ["dog", "elephant", None])
-def test_uce_of_aligned_tails(tiny, anchor):
+def test_uce_of_aligned_tails(tiny64, anchor):
     """With no anchor the tail of the empty prompt starts at BOS, as in the official code."""
-    edit = UCE(rows="tail_aligned").fit(tiny, EraseTask((Concept("cat", anchor=anchor),), templates=BARE))
-    before, (source, target) = layers(tiny), tail(tiny, "cat", anchor or "")
-    assert_same_change(edit, before, {s: naive(w, source, target, hidden(tiny, ""), 1.0, 0.1, 0.5) for s, w in before.items()})
+    edit = UCE(rows="tail_aligned").fit(tiny64, EraseTask((Concept("cat", anchor=anchor),), templates=BARE))
+    source, target = tail(tiny64, "cat", anchor or "")
+    assert_follows(edit, tiny64, naive_changes(tiny64, source, target, hidden(tiny64, ""), 1.0, 0.1, 0.5))
 
 
-def test_uce_of_all_rows_of_a_style_template(tiny):
+def test_uce_of_all_rows_of_a_style_template(model64):
     style = Concept("monet", anchor="manet", kind="style")
-    edit = UCE().fit(tiny, EraseTask((style,), preserve=("dali",), templates=("{} style",)))
-    before, (source, target) = layers(tiny), (hidden(tiny, f"{word} style")[1:] for word in ("monet", "manet"))
-    keep = torch.cat([hidden(tiny, ""), hidden(tiny, "dali style")])
-    assert_same_change(edit, before, {site: naive(w, source, target, keep, 1.0, 0.1, 0.5) for site, w in before.items()})
+    edit = UCE().fit(model64, EraseTask((style,), preserve=("dali",), templates=("{} style",)))
+    source, target = (hidden(model64, f"{word} style")[1:] for word in ("monet", "manet"))
+    keep = torch.cat([hidden(model64, ""), hidden(model64, "dali style")])
+    assert_follows(edit, model64, naive_changes(model64, source, target, keep, 1.0, 0.1, 0.5))
 
 
 def test_erased_words_answer_as_their_anchor_and_kept_ones_as_before(tiny):
@@ -105,27 +98,35 @@ def test_factors_are_as_exact_as_what_is_stored():
 
 
 def naive_rece(model: Model, source: Tensor, target: Tensor, epochs: int, reg: float, again: bool) -> dict[str, Tensor]:
-    """Every epoch on explicit per-layer weights; the first stage is UCE's."""
-    keep, original = hidden(model, ""), layers(model)
-    current = {site: naive(w, source, target, keep, 1.0, 1.0, 0.5) for site, w in original.items()}
+    """The change after every epoch on explicit weights, those of all layers one below the other; the first stage is UCE's."""
+    weights = {site: linear.weight.detach().double() for site, linear in model.arch.text_linears().items()}
+    keep, original = hidden(model, ""), torch.cat(list(weights.values()))
+    current = naive(original, source, target, keep, 1.0, 1.0, 0.5)
     for _ in range(epochs):
-        stacked = torch.cat([*current.values(), reg**0.5 * torch.eye(keep.shape[1], dtype=torch.float64)])
-        wanted = torch.cat([torch.cat(list(original.values())) @ source.T, torch.zeros(keep.shape[1], len(source), dtype=torch.float64)])
-        derived = torch.linalg.lstsq(stacked, wanted).solution.T
+        system = torch.cat([current, reg**0.5 * torch.eye(keep.shape[1], dtype=torch.float64)])
+        wanted = torch.cat([original @ source.T, torch.zeros(keep.shape[1], len(source), dtype=torch.float64)])
+        derived = torch.linalg.lstsq(system, wanted, driver="gels").solution.T
         rows, goals = (torch.cat([derived, source]), torch.cat([target, target])) if again else (derived, target)
-        current = {site: naive(w, rows, goals, keep, 1.0, 0.1, 0.1) for site, w in current.items()}
-    return current
+        current = naive(current, rows, goals, keep, 1.0, 0.1, 0.1)
+    changes = dict(zip(weights, (current - original).split([len(weight) for weight in weights.values()]), strict=True))
+    return {site: changes[site] for site in layers(model)}
 
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_rece_follows_its_equations(tiny, epochs, again):
+def test_rece_follows_its_equations(tiny64, epochs, again):
     """Two concepts: both are derived from the same weights and moved in one solve."""
     task = EraseTask((Concept("cat", anchor="dog"), Concept("cow", anchor="elephant")), templates=BARE)
-    edit = RECE(rows="tail_aligned", derive_rows="tail_aligned", epochs=epochs, again=again).fit(tiny, task)
-    source, target = map(torch.cat, zip(tail(tiny, "cat", "dog"), tail(tiny, "cow", "elephant"), strict=True))
-    assert_same_change(edit, layers(tiny), naive_rece(tiny, source, target, epochs, 0.1, again))
+    edit = RECE(rows="tail_aligned", derive_rows="tail_aligned", epochs=epochs, again=again).fit(tiny64, task)
+    source, target = map(torch.cat, zip(tail(tiny64, "cat", "dog"), tail(tiny64, "cow", "elephant"), strict=True))
+    assert_follows(edit, tiny64, naive_rece(tiny64, source, target, epochs, 0.1, again))
     assert edit.info.notes == {"epoch": epochs}
+
+
+def test_rece_of_layers_as_stable_diffusion_has_them(real64):
+    edit = RECE().fit(real64, CAT_TO_DOG)
+    source, target = (hidden(real64, word)[1:] for word in ("cat", "dog"))
+    assert_follows(edit, real64, naive_rece(real64, source, target, 1, 0.1, True))
 
 
 def test_rece_keeps_the_epoch_that_scores_best(tiny):
@@ -144,16 +145,16 @@ def test_rece_keeps_the_epoch_that_scores_best(tiny):
 
 
 @pytest.mark.parametrize("method", [UCE(), RECE()])
-def test_fitted_on_an_edited_model_the_current_weights_are_the_base(tiny, method):
-    first = UCE(rows="last_subject").fit(tiny, EraseTask((Concept("cow", anchor="horse"),)))
-    tiny.attach(first)
-    current = layers(tiny)
-    edit = method.fit(tiny, CAT_TO_DOG)
-    assert all(torch.equal(weight, current[site]) for site, weight in layers(tiny).items())
-    assert edit.info.on == ("uce",) and edit.info.base == tiny.fingerprint
+def test_fitted_on_an_edited_model_the_current_weights_are_the_base(tiny64, method):
+    first = UCE(rows="last_subject").fit(tiny64, EraseTask((Concept("cow", anchor="horse"),)))
+    tiny64.attach(first)
+    current = layers(tiny64)
+    edit = method.fit(tiny64, CAT_TO_DOG)
+    assert all(torch.equal(weight, current[site]) for site, weight in layers(tiny64).items())
+    assert edit.info.on == ("uce",) and edit.info.base == tiny64.fingerprint
     if isinstance(method, UCE):
-        source, target = hidden(tiny, "cat")[1:], hidden(tiny, "dog")[1:]
-        assert_same_change(edit, current, {s: naive(w, source, target, hidden(tiny, ""), 1.0, 0.1, 0.5) for s, w in current.items()})
+        source, target = hidden(tiny64, "cat")[1:], hidden(tiny64, "dog")[1:]
+        assert_follows(edit, tiny64, naive_changes(tiny64, source, target, hidden(tiny64, ""), 1.0, 0.1, 0.5))
 
 
 @pytest.mark.parametrize("method", [UCE(), RECE(epochs=2)])

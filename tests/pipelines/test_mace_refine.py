@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipelines.closed_form.mace_refine import TEMPLATES, MACERefine
 from pipelines.closed_form.prior import caption_moments
+from tests.pipelines.reference import assert_follows, in_float64, layers
 from toolkit.arch.flux import Flux
 from toolkit.arch.sd import SD
 from toolkit.arch.sd3 import SD3
@@ -50,9 +51,10 @@ def naive(w: Tensor, source: Tensor, target: Tensor, keep: Tensor, p: float, pri
     return left @ torch.linalg.inv(right)
 
 
-@pytest.mark.parametrize("family", [SD, SDXL])
-def test_it_follows_its_equation(family: type[SD], tmp_path) -> None:
-    model = Model(family.tiny())
+@pytest.mark.parametrize("family", [SD, SDXL, None])
+def test_it_follows_its_equation(family: type[SD] | None, tmp_path, request: pytest.FixtureRequest) -> None:
+    """On tiny models, and on layers as Stable Diffusion 1.4 has them."""
+    model = in_float64(family.tiny()) if family else request.getfixturevalue("real64")
     captions = tmp_path / "captions.csv"
     captions.write_text("prompt\na boat\nmany cats\ntwo houses\n", encoding="utf-8")
     method = MACERefine(preserve_scale=0.3, prior=str(captions), prior_scale=0.2, prior_rows="words", lamb=0.7)
@@ -61,18 +63,14 @@ def test_it_follows_its_equation(family: type[SD], tmp_path) -> None:
     source, target = map(torch.cat, zip(*(beside(model, *pair) for pair in pairs), strict=True))
     keep = torch.cat([hidden(model, ""), hidden(model, "a bird at night")])
     prior = 0.2 * caption_moments(model.arch, ["a boat", "two houses"], "words")["hidden"]  # not the one with a cat
-    assert set(edit.sites()) == {f"{site}.weight" for site in model.arch.text_linears()}
-    for site, linear in model.arch.text_linears().items():
-        w = linear.weight.double()
-        wanted = naive(w, source, target, keep, 0.3, prior, 0.7) - w
-        assert (edit.delta(site).double() - wanted).norm() <= 1e-5 * wanted.norm()
+    assert_follows(edit, model, {site: naive(w, source, target, keep, 0.3, prior, 0.7) - w for site, w in layers(model).items()})
     assert edit.info.notes == {"prior": {"captions": 2, "column": "prompt", "left_out": 1}}
 
 
 @pytest.mark.parametrize("family", [SD3, Flux])
 def test_it_follows_its_equation_in_each_stream_of_a_transformer(family: Any, tmp_path) -> None:
     """The pooled encoding has no words beside the concept, and moves as a whole."""
-    model, captions = Model(family.tiny()), tmp_path / "captions.txt"
+    model, captions = in_float64(family.tiny()), tmp_path / "captions.txt"
     captions.write_text("a boat\ntwo houses\n", encoding="utf-8")
     edit = MACERefine(preserve_scale=0.3, prior=str(captions), prior_scale=0.2, lamb=0.7).fit(model, TASK)
     prior, olds, news = caption_moments(model.arch, ["a boat", "two houses"], "all"), (0, 1), (2, 3)
@@ -91,16 +89,16 @@ def test_it_follows_its_equation_in_each_stream_of_a_transformer(family: Any, tm
         for site, linear in stream.linears.items():
             w = linear.weight.double()
             wanted = naive(w, torch.cat(source), torch.cat(target), torch.cat(keep), 0.3, 0.2 * prior[name], 0.7) - w
-            assert (edit.delta(site).double() - wanted).norm() <= 1e-5 * wanted.norm()
+            assert (edit.delta(site).double() - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-def test_it_is_the_minimiser(tiny: Model) -> None:
+def test_it_is_the_minimiser(tiny64: Model) -> None:
     """The gradient of the objective as the paper writes it, at the edited weights (stored in float32)."""
-    edit = MACERefine(preserve_scale=0.5, prior="", lamb=1.0).fit(tiny, TASK)
+    edit = MACERefine(preserve_scale=0.5, prior="", lamb=1.0).fit(tiny64, TASK)
     pairs = [("a cat at night", "a dog at night"), ("a red car at night", "a street at night")]
-    source, target = map(torch.cat, zip(*(beside(tiny, *pair) for pair in pairs), strict=True))
-    keep = torch.cat([hidden(tiny, ""), hidden(tiny, "a bird at night")])
-    for site, linear in tiny.arch.text_linears().items():
+    source, target = map(torch.cat, zip(*(beside(tiny64, *pair) for pair in pairs), strict=True))
+    keep = torch.cat([hidden(tiny64, ""), hidden(tiny64, "a bird at night")])
+    for site, linear in tiny64.arch.text_linears().items():
         w = linear.weight.double()
         gradients = []
         for weight in (w, w + edit.delta(site).double()):
@@ -108,7 +106,7 @@ def test_it_is_the_minimiser(tiny: Model) -> None:
             refined = (source @ free.T - target @ w.T).square().sum() + (free - w).square().sum()
             objective = refined + 0.5 * (keep @ (free - w).T).square().sum()
             gradients.append(torch.autograd.grad(objective, free)[0].norm())
-        assert gradients[1] <= 1e-5 * gradients[0]
+        assert gradients[1] <= 1e-6 * gradients[0]
 
 
 def test_free_of_other_terms_the_words_beside_the_concept_come_as_near_the_anchor_as_any_weights_can(tiny: Model) -> None:

@@ -155,7 +155,7 @@ def test_its_gradient_is_zero() -> None:
     assert ((rows @ d.T - (goals - rows)).T @ rows + rest).norm() <= 1e-8 * rest.norm()
 
 
-@pytest.mark.parametrize("out", [320, 1280])
+@pytest.mark.parametrize("out", [320, 640, 1280])
 def test_layers_as_wide_as_stable_diffusions(out: int) -> None:
     text, weight = random_rows(768, 20, 77), torch.randn(out, 768, generator=seeded(1)).double()
     make, (concept, goal), (source, target) = seeded(), text.subjects("all"), text.moved("all")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipelines.closed_form.uce_debias import UCEDebias
+from tests.pipelines.reference import assert_follows, layers
 from toolkit.concepts import Concept, DebiasTask, EraseTask
 from toolkit.errors import UserError
 from toolkit.model import Model
@@ -81,25 +82,35 @@ def test_errors_shrink_by_the_same_factor_which_the_step_size_sets(tiny: Model) 
     assert factors[1] == pytest.approx(2 * factors[0], rel=1e-3)
 
 
-def test_the_edit_is_the_solution_for_the_sum_of_all_steps(tiny: Model) -> None:
+def test_the_edit_is_the_solution_for_the_sum_of_all_steps(tiny64: Model) -> None:
     """Of two concepts one is right at first, and takes no step until the other has moved it. Each layer's normal equations."""
-    counter = Counter(tiny, {"doctor": 0.1, "nurse": 0.49})
+    counter = Counter(tiny64, {"doctor": 0.1, "nurse": 0.49})
     method = UCEDebias(tolerance=0.05, step_size=0.3, preserve_scale=0.2, lamb=0.7, max_iterations=100)
-    edit = method.fit(tiny, task(counter, DOCTOR, NURSE, preserve=("cat",)))
+    edit = method.fit(tiny64, task(counter, DOCTOR, NURSE, preserve=("cat",)))
     errors = {name: [0.5 - part for other, part in counter.seen if other == name] for name in ("doctor", "nurse")}
     assert abs(errors["nurse"][0]) < 0.05 <= max(map(abs, errors["nurse"])) and all(abs(each[-1]) < 0.05 for each in errors.values())
     # The steps towards one attribute, and as far away from the other; what the last edit gave needs none.
     x = {name: sum(0.3 * error for error in each[:-1] if abs(error) >= 0.05) for name, each in errors.items()}
     words = (("doctor", "doctor"), ("nurse", "nurse"), ("carer", "nurse"))
-    source = torch.cat([hidden(tiny, word) for word, _ in words])
-    ways = [x[name] * (beside(tiny, word, "woman") - beside(tiny, word, "man")) for word, name in words]
+    source = torch.cat([hidden(tiny64, word) for word, _ in words])
+    ways = [x[name] * (beside(tiny64, word, "woman") - beside(tiny64, word, "man")) for word, name in words]
     target = source + torch.cat(ways)
-    keep = torch.cat([tiny.arch.encode([prompt]).hidden[0].double() for prompt in ("", "cat")])
-    for site, linear in tiny.arch.text_linears().items():
-        w = linear.weight.double()
-        right = 0.7 * torch.eye(w.shape[1]) + source.T @ source + 0.2 * keep.T @ keep
-        wanted = w @ (target - source).T @ source @ torch.linalg.inv(right)
-        assert (edit.delta(site).double() - wanted).norm() <= 1e-5 * wanted.norm()
+    keep = torch.cat([tiny64.arch.encode([prompt]).hidden[0].double() for prompt in ("", "cat")])
+    right = 0.7 * torch.eye(32) + source.T @ source + 0.2 * keep.T @ keep
+    inverse = torch.linalg.inv(right)
+    assert_follows(edit, tiny64, {site: w @ (target - source).T @ source @ inverse for site, w in layers(tiny64).items()})
+
+
+def test_layers_as_stable_diffusion_has_them(real64: Model) -> None:
+    """One step, as the second count is right."""
+    counts = iter(((0.1, 0.9), (0.5, 0.5)))
+    method = UCEDebias(step_size=0.3, preserve_scale=0.2, lamb=0.7)
+    edit = method.fit(real64, task(lambda model, concept: next(counts), DOCTOR, preserve=("cat",)))
+    source = hidden(real64, "doctor")
+    way = 0.3 * 0.4 * (beside(real64, "doctor", "woman") - beside(real64, "doctor", "man"))
+    keep = torch.cat([real64.arch.encode([prompt]).hidden[0] for prompt in ("", "cat")])
+    inverse = torch.linalg.inv(0.7 * torch.eye(768) + source.T @ source + 0.2 * keep.T @ keep)
+    assert_follows(edit, real64, {site: w @ way.T @ source @ inverse for site, w in layers(real64).items()})
 
 
 def test_when_it_does_not_get_there_the_best_step_is_given_with_a_warning(tiny: Model) -> None:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from toolkit.arch import single_file
 from toolkit.arch.base import Architecture
 from toolkit.arch.ldm import Layout
-from toolkit.arch.sd import SD
+from toolkit.arch.sd import SD, tiny_tokenizer
 from toolkit.arch.sdxl import SDXL
 from toolkit.arch.single_file import CONFIGS
+from toolkit.model import DTYPES, Model
+
+if TYPE_CHECKING:
+    import pytest
 
 FAMILIES: dict[str, type[SD]] = {"sd1": SD, "sd2": SD, "sdxl": SDXL}
+PREDICTS: dict[str, Any] = {"sd1": "epsilon", "sd2": "v_prediction", "sdxl": "epsilon"}
+Writer = Callable[..., tuple[Model, Path]]
 
 
 def stored(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -68,6 +75,28 @@ def write_single_file(
     return path
 
 
+def write_all_configs(folder: Path) -> Path:
+    """A folder like toolkit/arch/configs in which every version is tiny."""
+    for version, family in FAMILIES.items():
+        write_configs(family.tiny(prediction_type=PREDICTS[version]), folder / version)
+    return folder
+
+
+def shrink(patch: pytest.MonkeyPatch, configs: Path) -> None:
+    """Until the patch is undone all versions are of these sizes."""
+    patch.setattr(single_file, "CONFIGS", configs)
+    patch.setattr(single_file, "clip_tokenizer", lambda padding: tiny_tokenizer())
+
+
+def write_tiny(version: str, configs: Path, path: Path, dtype: str = "float32") -> tuple[Model, Path]:
+    """A tiny model of a version, and the file that holds it, both in this type."""
+    arch = FAMILIES[version].tiny(seed=3, prediction_type=PREDICTS[version])
+    metadata = {"modelspec.prediction_type": PREDICTS[version].removesuffix("_prediction"), "author": "somebody"}
+    write_single_file(arch, version, configs / version, path, dtype=DTYPES[dtype], **metadata)
+    arch.pipe.to(DTYPES[dtype])
+    return Model(arch), path
+
+
 @functools.cache
 def real_layout(version: str) -> Layout:
     """Where a single file keeps the parameters of a real model."""
@@ -92,6 +121,14 @@ def write_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path, **metadata: 
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
     return path
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The peak of the process's resident memory while it works, in kB. Linux alone forgets an earlier peak when asked to."""
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 @functools.cache

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.toolkit.ldm import FAMILIES, parameters, write_configs, write_single_file
+from tests.toolkit.ldm import Writer, parameters
 from toolkit import registry
-from toolkit.arch.sd import SD, tiny_tokenizer
+from toolkit.arch.sd import SD
 from toolkit.cli import main, render
 from toolkit.commands.customize import subjects
 from toolkit.edits.token import TokenEdit
@@ -180,21 +180,18 @@ def test_export_writes_what_erase_exports(folder: str, edits: list[str], tmp_pat
     assert "cannot be written as embedding" in fails(capsys, *exporting, "embedding", "--out", tmp_path)
 
 
-def test_checkpoints_keep_their_form(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_checkpoints_keep_their_form(
+    folder: str, write: Writer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A folder becomes a folder and a file a file, copied with the edit merged in; no model is loaded to export an edit."""
-    configs, file = tmp_path / "configs", tmp_path / "model.safetensors"
-    for version, family in FAMILIES.items():
-        write_configs(family.tiny(), configs / version)
-    monkeypatch.setattr("toolkit.arch.single_file.CONFIGS", configs)
-    monkeypatch.setattr("toolkit.arch.single_file.clip_tokenizer", lambda padding: tiny_tokenizer())
-    write_single_file(SD.tiny(), "sd1", configs / "sd1", file)
+    _, file = write("sd1")
     for source, name in ((folder, "checkpoint"), (str(file), "checkpoint.safetensors")):
         erase = ("erase", "--model", source, "--method", "uce", "--concept", "cat", "--export", "checkpoint", "--out", tmp_path / "out")
         (at_once,) = call(capsys, *erase)["export"]
         assert at_once == str(tmp_path / "out" / name)
         exporting = ("export", tmp_path / "out", "--model", source, "--format", "checkpoint", "--strict", "--out")
         with monkeypatch.context() as patched:
-            patched.setattr("toolkit.commands.open_model", None)
+            patched.setattr("toolkit.commands.export.open_model", None)
             (later,) = call(capsys, *exporting, tmp_path / f"later-{name}")["files"]
         model = load_model(source)
         model.attach(load_edit(tmp_path / "out"))

@@ -199,6 +199,7 @@ def test_chain_is_its_parts_in_order() -> None:
     torch.testing.assert_close(chain.weight(f"{A}.weight", torch.ones(20, 32), 2.0), 1 + 2 * expected)
     assert chain.writes == {"tokens", "denoiser", "text_encoder"} and "text_encoder" in chain.reads
     assert [part["kind"] for part in chain.info.notes["parts"]] == ["token", "chain"]
+    assert not chain.scalable and Chain.of([low_rank, delta]).scalable and chain.mergeable
 
 
 def test_chain_errors() -> None:

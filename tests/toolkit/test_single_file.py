@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,14 @@ from diffusers.loaders.single_file_utils import (
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
 
-from tests.toolkit.ldm import FAMILIES, parameters, real_parts, real_shapes, stored, write_configs, write_single_file, write_sparse
-from toolkit.arch import single_file
-from toolkit.arch.sd import SD, tiny_tokenizer
+from tests.toolkit.ldm import FAMILIES, Writer, parameters, real_parts, real_shapes, stored, write_sparse
+from toolkit.arch.sd import SD
 from toolkit.arch.single_file import clip_tokenizer, prediction_type, recognise
 from toolkit.errors import UserError
 from toolkit.io.header import Header
-from toolkit.model import Model, load_model
+from toolkit.model import load_model
 from toolkit.sample import sample
 
-Writer = Callable[..., tuple[SD, Path]]
 KNOWN = {  # keys of the published files, and how many tensors their parts have
     "sd1": (
         "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.attn2.to_k.weight",
@@ -53,48 +50,24 @@ KNOWN = {  # keys of the published files, and how many tensors their parts have
 }
 
 
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What toolkit/arch/configs is, for tiny models."""
-    folder = tmp_path_factory.mktemp("configs")
-    for version, family in FAMILIES.items():
-        write_configs(family.tiny(prediction_type="v_prediction" if version == "sd2" else "epsilon"), folder / version)
-    return folder
-
-
-@pytest.fixture
-def write(configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Writer:
-    """Writes a tiny model of a version into model.safetensors; until the test ends all versions are as small as this."""
-    monkeypatch.setattr(single_file, "CONFIGS", configs)
-    monkeypatch.setattr(single_file, "clip_tokenizer", lambda padding: tiny_tokenizer())
-
-    def write(version: str, dtype: torch.dtype = torch.float32) -> tuple[SD, Path]:
-        predicts, says = ("v_prediction", "v") if version == "sd2" else ("epsilon", "epsilon")
-        arch = FAMILIES[version].tiny(seed=3, prediction_type=predicts)
-        metadata = {"modelspec.prediction_type": says}
-        return arch, write_single_file(arch, version, configs / version, tmp_path / "model.safetensors", dtype=dtype, **metadata)
-
-    return write
-
-
 @pytest.mark.parametrize("version", FAMILIES)
 def test_a_single_file_is_the_model_that_it_was_written_from(write: Writer, version: str) -> None:
-    arch, path = write(version)
+    model, path = write(version)
     loaded = load_model(str(path))
-    assert type(loaded.arch) is type(arch) and loaded.fingerprint == Model(arch).fingerprint
-    mine, theirs = parameters(arch.components()), parameters(loaded.arch.components())
+    assert type(loaded.arch) is type(model.arch) and loaded.fingerprint == model.fingerprint
+    mine, theirs = parameters(model.arch.components()), parameters(loaded.arch.components())
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    drawn = [sample(model, ["a photo of a cat"], [0], steps=2, guidance=3.0) for model in (loaded, Model(arch))]
+    drawn = [sample(model, ["a photo of a cat"], [0], steps=2, guidance=3.0) for model in (loaded, model)]
     assert torch.equal(*drawn) and drawn[0].std() > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_type_is_the_one_that_is_asked_for(write: Writer, dtype: str) -> None:
-    arch, path = write("sd1", torch.float16)
+    model, path = write("sd1", "float16")
     loaded = load_model(str(path), dtype=dtype)
-    mine, theirs = parameters(arch.components()), parameters(loaded.arch.components())
+    mine, theirs = parameters(model.arch.components()), parameters(loaded.arch.components())
     assert all(value.dtype == getattr(torch, dtype) for value in theirs.values())
-    assert all(torch.equal(mine[name].half(), theirs[name].half()) for name in mine)
+    assert all(torch.equal(mine[name], theirs[name].half()) for name in mine)
 
 
 @pytest.mark.parametrize("version", FAMILIES)
@@ -198,11 +171,11 @@ def test_what_stable_diffusion_2_predicts(tmp_path: Path, metadata: dict[str, st
 
 
 def test_a_version_of_another_prediction(write: Writer) -> None:
-    arch, path = write("sdxl")
+    model, path = write("sdxl")
     save_file({**load_file(path), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
     loaded = load_model(str(path)).arch
     assert isinstance(loaded, SD) and loaded.prediction_type == "v_prediction" and loaded.alphas_cumprod[-1] == 0
-    assert arch.prediction_type == "epsilon" and arch.alphas_cumprod[-1] > 0
+    assert isinstance(model.arch, SD) and model.arch.prediction_type == "epsilon" and model.arch.alphas_cumprod[-1] > 0
 
 
 def test_the_vocabulary_is_clips() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.toolkit.ldm import FAMILIES, stored, write_configs, write_single_file, write_sparse
+from tests.toolkit.ldm import FAMILIES, Writer, peak_of, stored, write_sparse
 from toolkit import registry
-from toolkit.arch import single_file
 from toolkit.arch.ldm import Layout
-from toolkit.arch.sd import tiny_tokenizer
 from toolkit.edits.base import Edit, EditInfo
 from toolkit.edits.chain import Chain
 from toolkit.edits.delta import Delta
@@ -27,10 +24,9 @@ from toolkit.errors import UserError
 from toolkit.io import stream
 from toolkit.io.header import read_header
 from toolkit.io.stream import write_checkpoint
-from toolkit.model import Model, load_model
+from toolkit.model import DTYPES, Model, load_model
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
-Writer = Callable[..., tuple[Model, Path]]
+TYPES = ("float32", "float16")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -55,30 +51,6 @@ def edit_of(model: Model) -> Edit:
     return Chain.of([Delta.from_deltas(deltas), LowRank.from_factors(factors, EditInfo(base=model.fingerprint))], [-1.0, 0.5])
 
 
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("configs")
-    for version, family in FAMILIES.items():
-        write_configs(family.tiny(), folder / version)
-    return folder
-
-
-@pytest.fixture
-def write(configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Writer:
-    """Writes a tiny model of a version in one file; until the test ends all versions are as small as this."""
-    monkeypatch.setattr(single_file, "CONFIGS", configs)
-    monkeypatch.setattr(single_file, "clip_tokenizer", lambda padding: tiny_tokenizer())
-
-    def write(version: str = "sd1", dtype: str = "float32") -> tuple[Model, Path]:
-        arch, path = FAMILIES[version].tiny(seed=3), tmp_path / "model.safetensors"
-        metadata = {"modelspec.prediction_type": "epsilon", "author": "somebody"}
-        write_single_file(arch, version, configs / version, path, dtype=DTYPES[dtype], **metadata)
-        arch.pipe.to(DTYPES[dtype])
-        return Model(arch), path
-
-    return write
-
-
 def raw(path: Path) -> dict[str, bytes]:
     """The bytes of each tensor, and of the header."""
     data, header = path.read_bytes(), read_header(path)
@@ -86,7 +58,7 @@ def raw(path: Path) -> dict[str, bytes]:
     return {"": data[:begin], **{key: data[place.begin : place.end] for key, place in header.tensors.items()}}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("version", FAMILIES)
 def test_a_file_becomes_what_the_edited_model_is(write: Writer, configs: Path, tmp_path: Path, version: str, dtype: str) -> None:
     model, path = write(version, dtype)
@@ -105,7 +77,7 @@ def test_a_file_becomes_what_the_edited_model_is(write: Writer, configs: Path, t
         assert file.metadata()["author"] == "somebody"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("family", registry.names("arch"))
 def test_a_folder_becomes_what_the_edited_model_is(tmp_path: Path, family: str, dtype: str) -> None:
     arch = registry.load("arch", family).tiny(seed=3)
@@ -270,11 +242,5 @@ def test_memory_stays_small(write: Writer, tmp_path: Path) -> None:
     edit = LowRank.from_factors({site: (torch.ones(linear.out_features, 1), torch.ones(1, linear.in_features))})
     write_checkpoint(path, edit, out)  # what is loaded once is loaded now
 
-    def peak_of(source: Path) -> int:
-        Path("/proc/self/clear_refs").write_text("5")
-        write_checkpoint(source, edit, out)
-        status = Path("/proc/self/status").read_text()
-        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))  # kB
-
-    small = peak_of(path)
-    assert peak_of(large) - small < 16 * 1024 and out.stat().st_size > 64 * 2**20
+    small, more = (peak_of(lambda file=file: write_checkpoint(file, edit, out)) for file in (path, large))
+    assert more - small < 16 * 1024 and out.stat().st_size > 64 * 2**20

@@ -104,6 +104,9 @@ class Architecture(ABC):
     """What one file of it may be: version (a folder in toolkit/arch/configs) -> component -> what its keys begin with."""
     default_guidance: float = 5.0  # guidance scale when none is given
     distilled_guidance: bool = False  # whether the denoiser reads the scale itself (`Text.guidance`) and needs no second prediction
+    unread: Callable[[str], Tensor] | None = None
+    """Gives the values, in the type that they are stored in, of a parameter that was left in its file and is on the meta device
+    here; None when all parameters are loaded."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -111,8 +114,19 @@ class Architecture(ABC):
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
     @abstractmethod
-    def load(cls, source: str, *, dtype: torch.dtype) -> Self:
-        """From a diffusers folder, a hub id or one file, in evaluation mode, no gradients, on the CPU."""
+    def load(cls, source: str, *, dtype: torch.dtype, **parts: Any) -> Self:
+        """From a diffusers folder, a hub id or one file, in evaluation mode, no gradients, on the CPU.
+
+        parts: those of the pipeline that are here already, and are not loaded.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load_text(cls, source: str, configs: Path, *, dtype: torch.dtype) -> Self:
+        """The same, with the denoiser and the image decoder left where they are: their parameters are on the meta device.
+
+        configs: as in `hollow`.
+        """
 
     @classmethod
     @abstractmethod
@@ -207,6 +221,16 @@ class Architecture(ABC):
     def set_tokenizer(self, component: str, tokenizer: Any) -> None:
         """Put another tokenizer in place."""
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of this name. One that was left in its file is read, and is in memory from then on."""
+        component, _, path = name.partition(".")
+        owner, _, own = path.rpartition(".")
+        module = self.components()[component].get_submodule(owner)
+        held = dict(module.named_parameters(recurse=False)).get(own)
+        if self.unread and held is not None and held.is_meta:
+            setattr(module, own, nn.Parameter(self.unread(name).to(held.dtype), requires_grad=False))
+        return module.get_parameter(own)
+
     # --- text ---------------------------------------------------------------------------------------------------
     @abstractmethod
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:
@@ -291,6 +315,8 @@ class Architecture(ABC):
     @property
     def device(self) -> torch.device:
         """Where inputs go: where the parts are, or the accelerator that offloaded parts visit in turn."""
+        if self.unread:  # the parts that are left in their files are nowhere
+            return next(value.device for part in self.components().values() for value in part.parameters() if not value.is_meta)
         return self.pipe._execution_device
 
     @property

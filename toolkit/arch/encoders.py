@@ -7,7 +7,7 @@ import re
 from abc import ABC
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
@@ -32,6 +32,12 @@ class Encoders(Architecture, ABC):
         pipe.set_progress_bar_config(disable=True)
         for module in self.components().values():
             module.eval().requires_grad_(False)
+
+    @classmethod
+    def load_text(cls, source: str, configs: Path, *, dtype: torch.dtype) -> Self:
+        hollow = cls.hollow(configs).pipe
+        left = {part: nn.Module.to(getattr(hollow, part), dtype) for part in (cls.denoiser, "vae")}  # diffusers' own warns of nothing
+        return cls.load(source, dtype=dtype, **left)
 
     def save(self, folder: Path) -> Path:
         with replacing_folder(folder, marker="model_index.json") as temporary:

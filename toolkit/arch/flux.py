@@ -49,8 +49,8 @@ class Flux(Flow):
 
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
-    def load(cls, source: str, *, dtype: torch.dtype) -> Self:
-        return cls(from_pretrained(FluxPipeline, source, dtype))
+    def load(cls, source: str, *, dtype: torch.dtype, **parts: Any) -> Self:
+        return cls(from_pretrained(FluxPipeline, source, dtype, **parts))
 
     @classmethod
     def tiny(cls, *, seed: int = 0, distilled: bool = True) -> Self:

@@ -80,9 +80,9 @@ class SD(Encoders):
 
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
-    def load(cls, source: str, *, dtype: torch.dtype) -> Self:
+    def load(cls, source: str, *, dtype: torch.dtype, **parts: Any) -> Self:
         read = from_single_file if Path(source).is_file() else from_pretrained
-        return cls(read(StableDiffusionPipeline, source, dtype, safety_checker=None, requires_safety_checker=False))
+        return cls(read(StableDiffusionPipeline, source, dtype, safety_checker=None, requires_safety_checker=False, **parts))
 
     @classmethod
     def tiny(cls, *, seed: int = 0, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon") -> Self:

@@ -52,8 +52,8 @@ class SD3(Flow):
 
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
-    def load(cls, source: str, *, dtype: torch.dtype) -> Self:
-        return cls(from_pretrained(StableDiffusion3Pipeline, source, dtype))
+    def load(cls, source: str, *, dtype: torch.dtype, **parts: Any) -> Self:
+        return cls(from_pretrained(StableDiffusion3Pipeline, source, dtype, **parts))
 
     @classmethod
     def tiny(cls, *, seed: int = 0) -> Self:

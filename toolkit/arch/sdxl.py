@@ -40,9 +40,9 @@ class SDXL(SD):
 
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
-    def load(cls, source: str, *, dtype: torch.dtype) -> Self:
+    def load(cls, source: str, *, dtype: torch.dtype, **parts: Any) -> Self:
         read = from_single_file if Path(source).is_file() else from_pretrained
-        return cls(read(StableDiffusionXLPipeline, source, dtype, add_watermarker=False))
+        return cls(read(StableDiffusionXLPipeline, source, dtype, add_watermarker=False, **parts))
 
     @classmethod
     def tiny(cls, *, seed: int = 0, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon") -> Self:

@@ -90,7 +90,8 @@ def from_single_file(pipeline: Any, source: str, dtype: torch.dtype, **options: 
         raise UserError(f"cannot load {source!r} as a {version} model ({reason}); give a complete checkpoint") from error
     finally:
         logging.set_verbosity(verbosity)
-    if missing := _missing(part for part in pipe.components.values() if isinstance(part, nn.Module)):
+    loaded = (part for name, part in pipe.components.items() if name not in options)
+    if missing := _missing(part for part in loaded if isinstance(part, nn.Module)):
         raise UserError(f"{source!r} lacks {len(missing)} tensors of a {version} model, such as {missing[0]}; give a complete checkpoint")
     noising = {"prediction_type": prediction}
     if "ztsnr" in found.header.tensors:  # trained down to a signal of nothing; such files say so by a tensor of this name

@@ -40,8 +40,11 @@ def add_fit_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
 
 
-def open_model(args: Namespace) -> Model:
-    """The model that `--model`, `--device`, `--dtype`, `--offload` and `--strict` ask for, with every `--edit` attached."""
+def open_model(args: Namespace, *, lazily: bool = False) -> Model:
+    """The model that `--model`, `--device`, `--dtype`, `--offload` and `--strict` ask for, with every `--edit` attached.
+
+    lazily: see `load_model`. A model that is offloaded is loaded as a whole.
+    """
     import torch
 
     from toolkit.model import load_model
@@ -53,7 +56,9 @@ def open_model(args: Namespace) -> Model:
         raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); give --device cpu") from None
     if args.offload and torch.device(device).type == "cpu":
         raise UserError("--offload moves parts between the CPU and an accelerator, and the device is cpu; leave it out")
-    load = functools.partial(load_model, args.model, device="cpu" if args.offload else device, dtype=args.dtype, strict=args.strict)
+    place = "cpu" if args.offload else device
+    lazily = lazily and not args.offload
+    load = functools.partial(load_model, args.model, device=place, dtype=args.dtype, strict=args.strict, lazily=lazily)
     base = functools.cache(load)  # loaded last, unless an edit needs it: a mistake in a file is told before
     edits = [open_edit(written, base) for written in args.edit]
     model = base()
@@ -134,10 +139,13 @@ def fit_and_save(args: Namespace, method: Method, task: Task, out: Path) -> dict
 
 
 def open_for(args: Namespace, method: Method) -> Model:
-    """`open_model` for a method that must work on its architecture; whether there is such an `--export` is told before."""
+    """`open_model` for a method that must work on its architecture; whether there is such an `--export` is told before.
+
+    Of a model on the disk only as much is loaded as the method needs.
+    """
     if args.export:
         check_format(args.export)
-    model = open_model(args)
+    model = open_model(args, lazily=method.needs() == "text")
     if model.arch.name not in method.architectures:
         known = ", ".join(method.architectures)
         raise UserError(f"{args.method} does not work on {model.arch.name} models, only on {known}; give another --method or --model")
@@ -157,6 +165,8 @@ def save_fitted(
         from toolkit.io.export import export
 
         files = _stream_whole(args, model, edit, out) if args.export == "checkpoint" else None
+        if args.export == "checkpoint" and not files and model.arch.unread:
+            model = open_model(args)  # it is saved from memory, which takes all of it
         result["export"] = [str(file) for file in files or export(edit, args.export, out / args.export, model)]
     return result
 

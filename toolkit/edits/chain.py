@@ -28,7 +28,7 @@ class Chain(Edit):
     edits: tuple[Edit, ...]
     scales: tuple[float, ...] = ()
 
-    mergeable: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True  # of a chain whose parts all are; see __post_init__
     scalable: ClassVar[bool] = True
     exports: ClassVar[tuple[str, ...]] = ("diffusers-lora", "kohya-lora", "embedding", "delta", "checkpoint")
 
@@ -44,6 +44,8 @@ class Chain(Edit):
         for edit, scale in self.parts():
             if scale != 1.0 and not edit.scalable:
                 raise UserError(f"a {edit.kind()} edit cannot be scaled, scale {scale} was given; give it scale 1")
+        for ability in ("mergeable", "scalable"):
+            object.__setattr__(self, ability, all(getattr(part, ability) for part, _ in self.parts()))
         object.__setattr__(self, "info", dataclasses.replace(self.info, notes={**self.info.notes, "parts": notes}))
 
     @classmethod

@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from toolkit.arch.base import Architecture
-from toolkit.arch.ldm import Slot
 from toolkit.arch.single_file import recognise
 from toolkit.edits.base import Edit, not_mergeable
 from toolkit.errors import UserError
 from toolkit.fingerprint import fingerprint, same_base
 from toolkit.io.files import PICKLES, replacing_folder
-from toolkit.io.header import Stored, read_header
+from toolkit.io.header import read_header
+from toolkit.io.places import Place, places
 from toolkit.model import architecture
 from toolkit.runs import replacing
 
 INDEX = "model_index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHER_WEIGHTS = (*PICKLES, ".msgpack", ".h5", ".onnx")
 REMEDY = "apply it to a model like the one it was fitted on"
 Parts = list[tuple[Edit, float]]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter is stored: in this file, in this slot, which is a tensor like this."""
-
-    file: Path
-    slot: Slot
-    stored: Stored
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The tensor's type. One in which no sum can be written is a UserError."""
-        if self.stored.dtype not in DTYPES:
-            what = f"{self.slot.key} of {str(self.file)!r} is stored as {self.stored.dtype}, need {', '.join(DTYPES)}"
-            raise UserError(f"{what}; give a checkpoint of such a type")
-        return DTYPES[self.stored.dtype]
-
-    def read(self) -> Tensor:
-        """The parameter, mapped from the file; what is written into it is not written to the file."""
-        data = np.memmap(self.file, np.uint8, "c", self.stored.begin, (self.stored.end - self.stored.begin,))
-        return self.slot.view(torch.from_numpy(data).view(self.dtype).view(self.stored.shape))
 
 
 @dataclass(frozen=True)
@@ -101,8 +77,12 @@ def write_checkpoint(source: str | Path, edit: Edit, out: str | Path, *, strict:
             raise not_mergeable(part)
         for name in part.parameter_names():
             touched.setdefault(name, []).append((part, scale))
-    arch, places = _find(source, touched)
-    changes = [Change(name, place, touched[name]) for name, found in places.items() for place in found]
+    arch = functools.cache(lambda: _hollow(source))
+    changes = []
+    for name, found in places(source, arch, touched).items():
+        if not found:
+            raise UserError(f"edit changes {name}, which no .safetensors file of {str(source)!r} has; {REMEDY}")
+        changes += [Change(name, place, touched[name]) for place in found]
     for change in changes:
         change.check()
     if any(part.info.base for part, _ in edit.parts()):
@@ -115,48 +95,22 @@ def streamable(edit: Edit) -> bool:
     return all(part.mergeable and bool(part.parameter_names()) for part, _ in edit.parts())
 
 
-# --- where parameters are -------------------------------------------------------------------------------------------
-def _find(source: Path, names: Iterable[str]) -> tuple[Callable[[], Architecture], dict[str, list[Place]]]:
-    """What makes the checkpoint's architecture, hollow, and the places of these parameters."""
+# --- checks ---------------------------------------------------------------------------------------------------------
+def _hollow(source: Path) -> Architecture:
+    """The checkpoint's architecture without its weights."""
     if source.is_dir():
-        arch = architecture(str(source)).hollow(source)
-        return lambda: arch, _find_in_folder(source, arch, names)
+        return architecture(str(source)).hollow(source)
     found = recognise(source)
-    places = {}
-    for name, slot in found.layout.slots(names).items():
-        if slot.key not in found.header.tensors:
-            raise UserError(f"edit changes {name}, {str(source)!r} has no {slot.key}; {REMEDY}")
-        if f"model_ema.{slot.key.removeprefix('model.').replace('.', '')}" in found.header.tensors:
-            raise UserError(f"{str(source)!r} holds averaged (EMA) weights too, which would stay unedited; prune them first")
-        places[name] = [Place(source, slot, found.header.tensors[slot.key])]
-    return lambda: found.family.hollow(found.layout.configs), places
-
-
-def _find_in_folder(source: Path, arch: Architecture, names: Iterable[str]) -> dict[str, list[Place]]:
-    """Every file that holds a parameter is a place of it: shards hold it once, variants once each."""
-    stored: dict[str, dict[str, list[tuple[Path, Stored]]]] = {}
-    places = {}
-    for name in names:
-        if name.partition(".")[0] not in arch.components():
-            raise UserError(f"edit changes {name}, which {str(source)!r} ({arch.name}) does not have; {REMEDY}")
-        folder, _, key = arch.diffusers_lora_key(name).partition(".")
-        if folder not in stored:
-            stored[folder] = {}
-            for file in sorted((source / folder).glob("*.safetensors")):
-                for spelling, tensor in read_header(file).tensors.items():
-                    stored[folder].setdefault(spelling, []).append((file, tensor))
-        spellings = dict.fromkeys((key, name.partition(".")[2]))  # as published, or as the libraries of today name it
-        places[name] = [Place(file, Slot(spelt), tensor) for spelt in spellings for file, tensor in stored[folder].get(spelt, ())]
-        if not places[name]:
-            raise UserError(f"edit changes {name}, {str(source / folder)!r} has no {key} in a .safetensors file; {REMEDY}")
-    return places
+    return found.family.hollow(found.layout.configs)
 
 
 def _check_base(source: Path, arch: Architecture, edit: Edit, strict: bool) -> None:
     """Whether the parts of the edit were fitted on this model."""
     names = [f"{part}.{name}" for part, module in arch.components().items() if part != "vae" for name, _ in module.named_parameters()]
-    _, places = _find(source, names)
-    found = fingerprint(arch, lambda name: places[name][0].read())
+    stored = places(source, lambda: arch, names)
+    if lost := [name for name, found in stored.items() if not found]:
+        raise UserError(f"{str(source)!r} lacks {len(lost)} parameters of its model, such as {lost[0]}; give a complete checkpoint")
+    found = fingerprint(arch, lambda name: stored[name][0].read())
     for part, _ in edit.parts():
         if not same_base(part.info.base, found):
             message = f"{part.info.method or part.kind()} edit was fitted on another base than {source}; fit it on this one"
@@ -167,6 +121,9 @@ def _check_base(source: Path, arch: Architecture, edit: Edit, strict: bool) -> N
 
 # --- writing --------------------------------------------------------------------------------------------------------
 def _write_file(source: Path, changes: list[Change], out: Path) -> Path:
+    tensors = read_header(source).tensors
+    if any(f"model_ema.{change.place.slot.key.removeprefix('model.').replace('.', '')}" in tensors for change in changes):
+        raise UserError(f"{str(source)!r} holds averaged (EMA) weights too, which would stay unedited; prune them first")
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         shutil.copyfile(source, temporary)
