@@ -143,12 +143,13 @@ class Model:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move or round the model; attached edits are computed anew from the moved base."""
-        place, rounding = {"device": device or self.arch.device}, {"dtype": dtype} if dtype else {}
+        rounded: dict[str, Any] = {"dtype": dtype} if dtype else {}
+        moved: dict[str, Any] = {"device": device or self.arch.device, **rounded}
         with self._bare():
             for module in self.arch.components().values():
                 left_in_file = any(parameter.is_meta for parameter in module.parameters())
                 try:
-                    module.to(**({} if left_in_file else place), **rounding)
+                    module.to(**(rounded if left_in_file else moved))
                 except (RuntimeError, AssertionError) as error:
                     reason = str(error).splitlines()[0]
                     raise UserError(f"cannot move the model to {device}: {reason}; give a device that this machine has") from error

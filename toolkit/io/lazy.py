@@ -25,7 +25,7 @@ class UnreadLinear(nn.Linear):
     read: Callable[[], Tensor]
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        value: Any = super().__getattr__(name)
         if name == "weight" and value.is_meta:
             return nn.Parameter(self.read().to(value.dtype), requires_grad=False)
         return value
@@ -55,7 +55,8 @@ def load_lazily(family: type[Architecture], source: str, *, dtype: torch.dtype) 
         return value
 
     arch.unread = read
-    for site, linear in arch.text_linears().items():
+    layers: dict[str, Any] = dict(arch.text_linears())
+    for site, linear in layers.items():
         linear.__class__ = UnreadLinear
         linear.read = partial(read, f"{site}.weight")
     return arch
