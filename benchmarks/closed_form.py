@@ -1,6 +1,6 @@
 """How long closed-form edits take, beside a loop that is written as the papers' codes are, on random weights of real shapes.
 
-    python benchmarks/closed_form.py [--case NAME ...] [--repeat N] [--out docs/performance.md]
+    python -m benchmarks.closed_form [--case NAME ...] [--repeat N] [--out docs/performance.md]
 
 All of it in one run, so that only ratios matter. The reference follows the structure of the official codes of UCE and RECE
 (per layer: sums over prompts of outer products that are materialised row by row, and one inverse), in float32 as there.
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.page import write_section
 from pipelines.closed_form.edit import as_edit
 from pipelines.closed_form.rece import RECE
 from pipelines.closed_form.rows import Placed, TaskRows
 from pipelines.closed_form.uce import UCE
 from toolkit.arch.base import Stream
 from toolkit.edits.base import EditInfo
-from toolkit.runs import write_atomic
 from toolkit.solve import closed_form, second_moment
 
 # How many key and value projections there are of each width: [out, in] -> number.
@@ -274,9 +274,7 @@ def sdxl(repeat: int) -> Result:
 
 CASES: dict[str, Callable[[int], Result]] = {"one": one_row, "hundred": hundred, "thousand": thousand, "rece": rece_epochs, "sdxl": sdxl}
 
-PAGE = """# Performance
-
-## Closed-form editing
+SECTION = """## Closed-form editing
 
 Made by `{command}`: {threads} threads, PyTorch {torch}, float32 weights of the real shapes with random values.
 Memory: {bandwidth:.1f} GB/s for reading and writing. Products of 1536 x 1536: {single:.0f} GFLOP/s in float32, {double:.0f} in float64.
@@ -294,11 +292,11 @@ for the moved and the kept ones each, and multiplied by how many there are.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; with --out write the page."""
+    """Measure and print; with --out write the section of a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument("--repeat", type=int, default=5, help="the median of so many runs (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="the page to write")
+    parser.add_argument("--out", type=Path, help="the page whose section is written anew")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     rate, single = gemm(torch.float64), gemm(torch.float32)
@@ -308,8 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.case:
         rows.append(CASES[name](args.repeat).row(rate))
         print(" | ".join(rows[-1]), flush=True)
-    page = PAGE.format(
-        command="python benchmarks/closed_form.py",
+    section = SECTION.format(
+        command="python -m benchmarks.closed_form",
         threads=torch.get_num_threads(),
         torch=torch.__version__.partition("+")[0],
         bandwidth=bandwidth,
@@ -320,9 +318,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sampled=SAMPLED,
     )
     if args.out:
-        write_atomic(args.out, page)
+        write_section(args.out, section)
     else:
-        print(page)
+        print(section)
     return 0
 
 

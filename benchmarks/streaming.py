@@ -1,6 +1,6 @@
 """How long streaming an edit into a checkpoint takes, next to copying that checkpoint, and how much memory it needs.
 
-    python -m benchmarks.streaming FOLDER [--fraction 0.05] [--rank 20] [--repeats 5] [--check-base]
+    python -m benchmarks.streaming FOLDER [--fraction 0.05] [--rank 20] [--repeats 5] [--check-base] [--out docs/performance.md]
 
 Makes a random float16 checkpoint of the shapes of Stable Diffusion XL in one file (6.9 GB, or a fraction of it), and a random
 low-rank edit of all its layers that read text. Then, in turns: `cp` and `sync` of the file, and `write_checkpoint`. Prints the
@@ -22,12 +22,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.page import write_section
 from tests.toolkit.ldm import real_layout, real_shapes
 from toolkit.arch.sdxl import SDXL
 from toolkit.edits.base import EditInfo
 from toolkit.edits.low_rank import LowRank
 from toolkit.io.stream import write_checkpoint
 
+SECTION = """## Streaming an edit into a checkpoint
+
+Made by `python -m benchmarks.streaming FOLDER`: {threads} threads, a random float16 file of {gigabytes:.1f} GB with the names and
+shapes of Stable Diffusion XL, a rank {rank} edit of its {touched} layers that read text; the medians of {repeats} turns.
+
+| | seconds | |
+|---|---|---|
+| `cp` and `sync` | {copy:.2f} | |
+| `write_checkpoint`, fsync and rename included | {stream:.2f} | {ratio:.2f} times (bar ≤ 1.3{ratio_missed}) |
+
+Resident memory at the peak is {peak:.0f} MB more than before, {all:.0f} MB with the interpreter and the libraries (bar ≤ 1 GB).
+"""
 CHUNK = np.random.default_rng(0).standard_normal(2**23, dtype=np.float32).astype(np.float16).tobytes()
 
 
@@ -40,6 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--check-base", action="store_true", help="with the look at what the edit was fitted on, which needs the whole file"
     )
+    parser.add_argument("--out", type=Path, help="the page whose section is written anew")
     args = parser.parse_args()
     if args.check_base and args.fraction < 1:
         parser.error("--check-base looks at every tensor; leave --fraction out")
@@ -59,6 +73,11 @@ def main() -> None:
     copy, stream, ratio, peak = (statistics.median(column) for column in zip(*rows, strict=True))
     print(f"median: cp + sync {copy:.2f} s, streaming {stream:.2f} s, {ratio:.2f} times, {peak / 1024:.0f} MB")
     source.unlink()
+    if args.out:
+        threads = torch.get_num_threads()
+        given = {"gigabytes": size / 1e9, "rank": args.rank, "touched": touched, "repeats": args.repeats, "threads": threads}
+        measured = {"copy": copy, "stream": stream, "ratio": ratio, "peak": peak / 1024, "all": (peak + before) / 1024}
+        write_section(args.out, SECTION.format(**given, **measured, ratio_missed="" if ratio <= 1.3 else ", **missed**"))
 
 
 def write_model(path: Path, fraction: float) -> set[str]:
