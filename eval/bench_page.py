@@ -10,6 +10,7 @@ from typing import Any
 from eval.bench_results import (
     ASKED_FOR,
     BY_WORD,
+    ENOUGH,
     Measured,
     answers,
     drawn_most,
@@ -184,8 +185,12 @@ def mean_cost(found: Sequence[Measured]) -> list[str]:
 
 
 def by_object_kept(per_method: Mapping[str, Sequence[Measured]], most: int = 8) -> str:
-    """The objects of which least is left, from the worst: after relative to before, by method; "" when none lost anything."""
+    """The objects of which least is left, from the worst: after relative to before, by method.
+
+    "" when none lost anything, or when there are too few images of each to tell.
+    """
     kept_by = {label: kept_objects(found).per_object for label, found in per_method.items()}
+    kept_by = {label: {name: part for name, part in found.items() if part.n >= ENOUGH} for label, found in kept_by.items()}
 
     def least(name: str) -> tuple[float, str]:
         return min(found[name].value for found in kept_by.values() if name in found), name

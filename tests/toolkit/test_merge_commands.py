@@ -104,7 +104,7 @@ def test_mistakes_of_merging_get_one_line(
     assert "uce is a method to erase, not to merge; give one of: " in fails(capsys, "compose", *erased, "--method", "uce", *out)
     assert "needs low_rank; chain it: compose without --method" in fails(capsys, "compose", erased[0], learnt[0], *fusing, *about)
     assert "brings no new words that say what it is about; give the concepts (--concept)" in fails(capsys, "compose", *erased, *fusing)
-    assert "1 concepts for 2 edits" in fails(capsys, "compose", *erased, *fusing, "--concept", "cat")
+    assert "number of concepts is 1, of edits 2" in fails(capsys, "compose", *erased, *fusing, "--concept", "cat")
     assert "--synonyms is about a concept, and none is given" in fails(capsys, "compose", *learnt, *fusing, "--synonyms", "kitten")
     assert "unknown option of mace_fuse 'lam'" in fails(capsys, "compose", *erased, *fusing, *about, "--set", "lam=1")
     assert "unknown export format 'deltas'" in fails(capsys, "compose", *erased, *fusing, *about, "--export", "deltas")
