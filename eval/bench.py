@@ -61,7 +61,7 @@ class Bench:
         return Measured(cell, images, record["seconds"], record["bytes"], record["steps"], record["kid"])
 
     def measure(self, cell: Cell) -> None:
-        """Fit the method, draw what is missing before and after, and write what the oracle reads."""
+        """Fit the method, draw what is missing before and after, and write what the oracle reads, label by label."""
         method, record = self.methods[cell.method], self._record(cell)
         if self.model.arch.name not in method.architectures:
             raise UserError(
@@ -72,15 +72,6 @@ class Bench:
             with timed() as cost:
                 edit = method.fit(self.model, task)
             size = save_edit(edit, Path(folder) / FILE_NAME).stat().st_size
-        for label in self.missing(cell):
-            asked = cell.asked[label]
-            before = self.painter.draw(self.model, [first for first, _ in asked], f"{cell.name}, {label}, before")
-            with self.model.attached(edit):
-                after = self.painter.draw(self.model, [second for _, second in asked], f"{cell.name}, {label}, after")
-            drawn = [(to_json(a), to_json(b)) for a, b in zip(before, after, strict=True)]
-            record["images"][label] = list((_by_prompts(record["images"].get(label, [])) | _by_prompts(drawn)).values())
-            if label == "name":
-                record["kid"] = [oracle_kid(self.world, self.painter.oracle, side).as_json()["value"] for side in (before, after)]
         record |= {
             "method": method.name(),
             "config": method.config(),
@@ -90,7 +81,16 @@ class Bench:
             "bytes": size,
             "steps": edit.info.notes.get("steps"),
         }
-        write_atomic(self.file(cell), json.dumps(record, ensure_ascii=False))
+        for label in self.missing(cell):
+            asked = cell.asked[label]
+            before = self.painter.draw(self.model, [first for first, _ in asked], f"{cell.name}, {label}, before")
+            with self.model.attached(edit):
+                after = self.painter.draw(self.model, [second for _, second in asked], f"{cell.name}, {label}, after")
+            drawn = [(to_json(a), to_json(b)) for a, b in zip(before, after, strict=True)]
+            record["images"][label] = list((_by_prompts(record["images"].get(label, [])) | _by_prompts(drawn)).values())
+            if label == "name":
+                record["kid"] = [oracle_kid(self.world, self.painter.oracle, side).as_json()["value"] for side in (before, after)]
+            write_atomic(self.file(cell), json.dumps(record, ensure_ascii=False))
 
     def _record(self, cell: Cell) -> dict[str, Any]:
         """What the cell's file holds, or an empty record."""

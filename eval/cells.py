@@ -117,11 +117,11 @@ def goals(world: World, section: Section) -> Iterator[tuple[str, EraseTask | Por
         return
     concepts = list(erased(world, section))
     if section.together:
-        yield section.title, erasure(world, concepts)
+        yield section.title, erasure(world, concepts, section.preserve)
         return
     for concept in concepts:
         to = f" to {concept.anchor or 'nothing'}" if section.styles or concept.anchor else ""
-        yield f"{concept.name}{to}{'' if section.synonyms else ' without synonyms'}", erasure(world, [concept])
+        yield f"{concept.name}{to}{'' if section.synonyms else ' without synonyms'}", erasure(world, [concept], section.preserve)
 
 
 def erased(world: World, section: Section) -> Iterator[Concept]:
@@ -135,11 +135,11 @@ def erased(world: World, section: Section) -> Iterator[Concept]:
             yield Concept(name, synonyms, section.anchor_of(i), target.kind)
 
 
-def erasure(world: World, concepts: Sequence[Concept]) -> EraseTask:
-    """The task that erases concepts and preserves every other scored object, and style when it is about one."""
+def erasure(world: World, concepts: Sequence[Concept], forms: int) -> EraseTask:
+    """The task that erases concepts and preserves every other scored object, in so many forms, and style when it is about one."""
     names = [concept.name for concept in concepts]
     styles = tuple(style for style in world.styles if style not in names) if concepts[0].kind == "style" else ()
-    return EraseTask(tuple(concepts), (*styles, *make.everything_else(world, names)))
+    return EraseTask(tuple(concepts), (*styles, *make.everything_else(world, names, forms)))
 
 
 def hidden(goal: EraseTask | Portrait) -> set[str]:

@@ -50,6 +50,7 @@ class Section(Configured):
     anchors: tuple[str, ...] = option((), "what to draw instead: one for all, or one for each")
     together: bool = option(False, "erase all in one task, rather than each alone")
     synonyms: bool = option(True, "give the methods the synonyms that they may be given")
+    preserve: int = option(2, "prompts of every other object that the methods are told to preserve, 1 to 4")
     ask: tuple[str, ...] = option((), "what is drawn, by label; empty: everything but beside for objects, all else")
     methods: tuple[str, ...] = option((), "labels of the methods; empty: all that can do it")
     n: int | None = option(None, "images of a concept by its name, in place of the experiment's")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, product
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -126,13 +126,21 @@ def learned(token: str, name: str, n: int, *, seed: int = 0) -> list[Prompt]:
     return spread(prompts, n, seed, f"learned {name}")
 
 
-def everything_else(world: World, erased: Collection[str]) -> tuple[str, ...]:
-    """What an edit that erases these objects is told to preserve: every other scored one, bare and on one of the backgrounds.
+def everything_else(world: World, erased: Collection[str], forms: int = 2) -> tuple[str, ...]:
+    """What an edit that erases these objects is told to preserve: every other scored one, in so many of the forms below.
 
-    With the names alone, what an object looks like in a longer prompt is not preserved well.
+    With the names alone, what an object looks like in a longer prompt is not preserved well; styles and backgrounds take turns.
     """
     names = [name for name in world.names("scored") if name not in erased]
-    return (*names, *(f"{name} on a {background} background" for name, background in zip(names, cycle(BACKGROUNDS))))
+    known = ("{}", "{} on a {background} background", STYLED[0].replace("{at}", ""), STYLED[1].replace("{at}", ""))
+    if not 1 <= forms <= len(known):
+        raise UserError(f"{forms} forms of each preserved object, there are {len(known)}; give 1 to {len(known)}")
+    backgrounds, styles = list(BACKGROUNDS), list(world.styles)
+    return tuple(
+        form.format(name, style=styles[(i + 3 * k) % len(styles)], background=backgrounds[(i + 3 * (k - 1)) % len(backgrounds)])
+        for k, form in enumerate(known[:forms])
+        for i, name in enumerate(names)
+    )
 
 
 def spread(prompts: Sequence[Prompt], n: int, seed: int, key: str) -> list[Prompt]:
