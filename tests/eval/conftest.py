@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from eval.cells import Cell, plan
+from tests.eval.experiments import smaller
 from toolkit.edits.delta import Delta
 from toolkit.model import Model
 from toolkit.world.oracle import Oracle
+from toolkit.world.scenes import World
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,8 @@ def edited(tiny: Model) -> Model:
     deltas: dict[str, Any] = {f"{site}.weight": 0.1 * torch.randn_like(layer.weight) for site, layer in tiny.arch.text_linears().items()}
     tiny.attach(Delta.from_deltas(deltas))
     return tiny
+
+
+@pytest.fixture(scope="session")
+def cells(world: World) -> list[Cell]:
+    return plan(world, smaller("main-job", 8))
