@@ -31,7 +31,7 @@ from toolkit.io.stream import write_checkpoint
 
 SECTION = """## Streaming an edit into a checkpoint
 
-Made by `python -m benchmarks.streaming FOLDER`: {threads} threads, a random float16 file of {gigabytes:.1f} GB with the names and
+Made by `python -m benchmarks.streaming FOLDER` (threads: {threads}): a random float16 file of {gigabytes:.1f} GB with the names and
 shapes of Stable Diffusion XL, a rank {rank} edit of its {touched} layers that read text; the medians of {repeats} turns.
 
 | | seconds | |
