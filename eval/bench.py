@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -38,22 +39,26 @@ class Bench:
     methods: Mapping[str, Method]
     out: Path
 
+    @cached_property
+    def measured_by(self) -> dict[str, Any]:
+        """What the painter measures with; it hashes the oracle's weights, so once for all cells."""
+        return self.painter.measured_by()
+
     def file(self, cell: Cell) -> Path:
         """The JSON file of a cell. Another model, task, method, option or way to draw has another file."""
         method = self.methods[cell.method]
-        key = repr((method.name(), method.config(), cell.goal, self.model.fingerprint, self.painter.measured_by()))
+        key = repr((method.name(), method.config(), cell.goal, self.model.fingerprint, self.measured_by))
         return self.out / f"{cell.name}.{hashlib.blake2b(key.encode(), digest_size=6).hexdigest()}.json"
 
     def missing(self, cell: Cell) -> list[str]:
         """The labels whose images the cell's file does not hold."""
-        record = self._record(cell)
-        return [label for label, pairs in cell.asked.items() if not _by_prompts(record["images"].get(label, [])).keys() >= set(pairs)]
+        return _missing(self._record(cell), cell)
 
     def measured(self, cell: Cell) -> Measured | None:
         """What the cell's file holds; None when anything is missing."""
-        if self.missing(cell):
-            return None
         record = self._record(cell)
+        if _missing(record, cell):
+            return None
         images = {}
         for label, pairs in cell.asked.items():
             stored = _by_prompts(record["images"][label])
@@ -76,12 +81,12 @@ class Bench:
             "method": method.name(),
             "config": method.config(),
             "task": asdict(cell.goal),
-            "measured_by": self.painter.measured_by(),
+            "measured_by": self.measured_by,
             **asdict(cost),
             "bytes": size,
             "steps": edit.info.notes.get("steps"),
         }
-        for label in self.missing(cell):
+        for label in _missing(record, cell):
             asked = cell.asked[label]
             before = self.painter.draw(self.model, [first for first, _ in asked], f"{cell.name}, {label}, before")
             with self.model.attached(edit):
@@ -96,6 +101,11 @@ class Bench:
         """What the cell's file holds, or an empty record."""
         file = self.file(cell)
         return json.loads(file.read_text()) if file.is_file() else {"images": {}, "kid": [None, None]}
+
+
+def _missing(record: Mapping[str, Any], cell: Cell) -> list[str]:
+    """The labels of a cell whose images are not in its record."""
+    return [label for label, pairs in cell.asked.items() if not _by_prompts(record["images"].get(label, [])).keys() >= set(pairs)]
 
 
 def to_json(shown: Shown) -> dict[str, Any]:

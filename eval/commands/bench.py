@@ -64,7 +64,7 @@ def run(args: Namespace) -> dict[str, Any]:
             bench.measure(cell)
         print(f"[{i + 1}/{len(missing)}] {cell.section}, {cell.name}: {cost.seconds:.0f} s", file=sys.stderr, flush=True)
     results = [result for cell in cells if (result := bench.measured(cell))]
-    page = Report(experiment, cells, results, command(args), model.fingerprint["weights"][:12], painter.measured_by())
+    page = Report(experiment, cells, results, command(args), model.fingerprint["weights"][:12], bench.measured_by)
     write_atomic(report, page.page())
     return {
         "report": str(report),
