@@ -52,7 +52,7 @@ class Shaped:
         each = [shape for shape, count in self.shapes.items() for _ in range(count)]
         self.linears = {f"denoiser.{i}": linear(*shape) for i, shape in enumerate(each)}
         streams = {"hidden": Stream(self.linears, lambda text: ())}
-        arch = SimpleNamespace(text_streams=lambda: streams, text_readers=dict)
+        arch = SimpleNamespace(text_streams=lambda: streams, text_readers=dict, encoder_readers=dict)
         self.model: Any = SimpleNamespace(arch=arch, info=lambda *_, **__: EditInfo())
 
     @property

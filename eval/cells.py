@@ -117,11 +117,11 @@ def goals(world: World, section: Section) -> Iterator[tuple[str, EraseTask | Por
         return
     concepts = list(erased(world, section))
     if section.together:
-        yield section.title, erasure(world, concepts, section.preserve)
+        yield section.title, erasure(world, concepts, section.templates)
         return
     for concept in concepts:
         to = f" to {concept.anchor or 'nothing'}" if section.styles or concept.anchor else ""
-        yield f"{concept.name}{to}{'' if section.synonyms else ' without synonyms'}", erasure(world, [concept], section.preserve)
+        yield f"{concept.name}{to}{'' if section.synonyms else ' without synonyms'}", erasure(world, [concept], section.templates)
 
 
 def erased(world: World, section: Section) -> Iterator[Concept]:
@@ -135,11 +135,14 @@ def erased(world: World, section: Section) -> Iterator[Concept]:
             yield Concept(name, synonyms, section.anchor_of(i), target.kind)
 
 
-def erasure(world: World, concepts: Sequence[Concept], forms: int) -> EraseTask:
-    """The task that erases concepts and preserves every other scored object, in so many forms, and style when it is about one."""
+def erasure(world: World, concepts: Sequence[Concept], templates: int) -> EraseTask:
+    """The task that erases concepts and preserves every other scored object, in so many contexts, and style when it is about one."""
     names = [concept.name for concept in concepts]
+    if templates:
+        rest = tuple(name for name in world.names("scored") if name not in names)
+        return EraseTask(tuple(concepts), rest, make.contexts(world, templates))
     styles = tuple(style for style in world.styles if style not in names) if concepts[0].kind == "style" else ()
-    return EraseTask(tuple(concepts), (*styles, *make.everything_else(world, names, forms)))
+    return EraseTask(tuple(concepts), (*styles, *make.everything_else(world, names)))
 
 
 def hidden(goal: EraseTask | Portrait) -> set[str]:

@@ -50,7 +50,7 @@ class Section(Configured):
     anchors: tuple[str, ...] = option((), "what to draw instead: one for all, or one for each")
     together: bool = option(False, "erase all in one task, rather than each alone")
     synonyms: bool = option(True, "give the methods the synonyms that they may be given")
-    preserve: int = option(2, "prompts of every other object that the methods are told to preserve, 1 to 4")
+    templates: int = option(0, "prompt templates that objects, erased and preserved, are put into; 0: the methods' own")
     ask: tuple[str, ...] = option((), "what is drawn, by label; empty: everything but beside for objects, all else")
     methods: tuple[str, ...] = option((), "labels of the methods; empty: all that can do it")
     n: int | None = option(None, "images of a concept by its name, in place of the experiment's")
@@ -65,6 +65,8 @@ class Section(Configured):
         ):
             if given not in allowed:
                 raise UserError(f"section {self.title!r} has {given} {what} for {len(self.concepts)} {self.kind}; give one for each")
+        if self.templates < 0 or (self.templates and not self.objects):
+            raise UserError(f"section {self.title!r} has {self.templates} templates; give 0, or for objects more")
         for label in self.ask:
             if label not in LABELS[self.kind]:
                 raise unknown(f"label in ask of section {self.title!r}", label, LABELS[self.kind])

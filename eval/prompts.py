@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import cycle, product
 from typing import Literal
 
 import numpy as np
 
 from toolkit.errors import UserError, unknown
 from toolkit.runs import seeded
-from toolkit.world.captions import AT
+from toolkit.world.captions import AT, caption
 from toolkit.world.scenes import BACKGROUNDS, QUADRANTS, Scene, Thing, World, held_out_triple
 
 PLAIN = ("a {}{at} on a {background} background", "a photo of a {}{at} on a {background} background")
@@ -126,21 +126,32 @@ def learned(token: str, name: str, n: int, *, seed: int = 0) -> list[Prompt]:
     return spread(prompts, n, seed, f"learned {name}")
 
 
-def everything_else(world: World, erased: Collection[str], forms: int = 2) -> tuple[str, ...]:
-    """What an edit that erases these objects is told to preserve: every other scored one, in so many of the forms below.
+def everything_else(world: World, erased: Collection[str]) -> tuple[str, ...]:
+    """What an edit that erases these objects is told to preserve: every other scored one, by its name and once on a background.
 
-    With the names alone, what an object looks like in a longer prompt is not preserved well; styles and backgrounds take turns.
+    With the names alone, what an object looks like in a longer prompt is not preserved well.
     """
     names = [name for name in world.names("scored") if name not in erased]
-    known = ("{}", "{} on a {background} background", STYLED[0].replace("{at}", ""), STYLED[1].replace("{at}", ""))
-    if not 1 <= forms <= len(known):
-        raise UserError(f"{forms} forms of each preserved object, there are {len(known)}; give 1 to {len(known)}")
-    backgrounds, styles = list(BACKGROUNDS), list(world.styles)
-    return tuple(
-        form.format(name, style=styles[(i + 3 * k) % len(styles)], background=backgrounds[(i + 3 * (k - 1)) % len(backgrounds)])
-        for k, form in enumerate(known[:forms])
-        for i, name in enumerate(names)
-    )
+    backgrounds = list(BACKGROUNDS)
+    return (*names, *(f"{name} on a {backgrounds[i % len(backgrounds)]} background" for i, name in enumerate(names)))
+
+
+def contexts(world: World, n: int) -> tuple[str, ...]:
+    """n templates with {} for an object, in the words of the captions that the model was trained with: the bare {} first.
+
+    None is one of the templates above, which the evaluation asks with.
+    """
+    name = world.names("scored")[0]
+    evaluated = {prompt.text for prompt in single(world, name, 2 * len(BACKGROUNDS) * (1 + len(world.styles)))}
+    rng, found = _rng("contexts", 0), ["{}"]
+    for background, style in cycle(product(BACKGROUNDS, world.styles)):
+        if len(found) >= n:
+            return tuple(found[:n])
+        text = caption(world, Scene(background, style, (("center", name),)), rng, synonyms=0)
+        template = text.replace(name, "{}")
+        if text not in evaluated and template not in found:
+            found.append(template)
+    raise AssertionError("a cycle does not end")
 
 
 def spread(prompts: Sequence[Prompt], n: int, seed: int, key: str) -> list[Prompt]:

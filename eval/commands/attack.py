@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from toolkit import registry
-from toolkit.commands import add_model_arguments, open_model, pairs
+from toolkit.commands import add_model_arguments, check_counts, open_model, pairs
 from toolkit.errors import UserError
 
 HELP = "try to bring an erased concept back"
@@ -42,9 +42,7 @@ def run(args: Namespace) -> dict[str, Any]:
     attack = registry.load("attack", args.method).from_config(pairs(args.set, "--set"))
     world = load_world()
     target = resolve(world, args.concept)
-    for option, value in (("--n", args.n), ("--steps", args.steps), ("--batch-size", args.batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} is {value}, needs at least 1; give a larger number")
+    check_counts(args)
     out = check_writable(args.out)
     model = open_model(args)
     if not knows_world(model):

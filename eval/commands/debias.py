@@ -7,10 +7,9 @@ import functools
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from toolkit.commands import add_fit_arguments, open_for, open_method, save_fitted
+from toolkit.commands import add_fit_arguments, check_counts, open_for, open_method, save_fitted
 from toolkit.commands.erase import concepts
 from toolkit.concepts import DebiasTask
-from toolkit.errors import UserError
 
 HELP = "fit an edit that draws concepts with several attributes in wanted parts"
 
@@ -42,12 +41,10 @@ def run(args: Namespace) -> dict[str, Any]:
     of every attribute with its interval, on images with other seeds than those that were counted while fitting.
     """
     from eval.attributes import AttributeCounter
-    from eval.commands.evaluate import knows_world, open_clip
+    from eval.commands.evaluate import check_clip, open_clip
     from toolkit.runs import check_writable, timed
 
-    for option, value in (("--n", args.n), ("--steps", args.steps), ("--batch-size", args.batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} is {value}, needs at least 1; give a larger number")
+    check_counts(args)
     method = open_method("debias", args.method, args.set)
     clip = functools.cache(lambda: open_clip(args))
     attributes, templates = tuple(args.attributes), tuple(args.template)
@@ -55,8 +52,7 @@ def run(args: Namespace) -> dict[str, Any]:
     task = DebiasTask(concepts(args), attributes, count, tuple(args.ratios), tuple(args.preserve), templates)
     out = check_writable(args.out)
     model = open_for(args, method)
-    if not args.clip and not knows_world(model):
-        raise UserError(f"{args.model} does not draw the embedded world, which the own CLIP knows only; give --clip SOURCE too")
+    check_clip(args, model)
     with timed() as cost:
         edit = method.fit(model, task)
     fresh = dataclasses.replace(count, seed=args.seed + args.n)

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.commands import add_model_arguments, open_model, pairs
+from toolkit.commands import add_model_arguments, check_counts, open_model, pairs
 from toolkit.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def run(args: Namespace) -> dict[str, Any]:
     """Gives `metrics`, `per_concept`, what was measured (`model`, `edits`, `n`, `seed`, `seconds`) and, with --out, `files`."""
     from toolkit.runs import check_writable, timed, write_json
 
-    for option, value in (("--n", args.n), ("--steps", args.steps), ("--batch-size", args.batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} is {value}, needs at least 1; give a larger number")
+    check_counts(args)
     if args.prompts and (args.erased or args.learned):
         raise UserError("--prompts measures alignment only, and --erased or --learned was given too; run evaluate once for each")
     asked = read_prompts(args.prompts) if args.prompts else []
@@ -142,6 +140,12 @@ def painter(args: Namespace) -> Painter:
     return Painter(load_oracle(), args.steps, guidance, args.batch_size)
 
 
+def check_clip(args: Namespace, model: Model) -> None:
+    """Whether the CLIP that `open_clip` gives knows what the model draws."""
+    if not args.clip and not knows_world(model):
+        raise UserError(f"{args.model} does not draw the embedded world, which the own CLIP knows only; give --clip SOURCE too")
+
+
 def open_clip(args: Namespace) -> Clip:
     """The CLIP that --clip names, or the world's own."""
     from eval.alignment import load_metric_clip, load_open_clip
@@ -156,8 +160,7 @@ def alignment(args: Namespace, model: Model, asked: list[tuple[str, int | None]]
     from toolkit.runs import progress
     from toolkit.sample import sample
 
-    if not args.clip and not knows_world(model):
-        raise UserError(f"{args.model} does not draw the embedded world, which the own CLIP knows only; give --clip SOURCE too")
+    check_clip(args, model)
     clip = open_clip(args)
     each = [(text, args.seed + i if seed is None else seed) for text, seed in asked for i in range(args.n if seed is None else 1)]
     metrics = {}

@@ -22,13 +22,13 @@ _ROWS = 256  # rows of a weight in float64 at a time
 def as_edit(model: Model, method: Method, changes: Mapping[str, Change], notes: Mapping[str, Any] | None = None) -> LowRank:
     """W -> W (I + D) for every layer that has a D, W being its current weight: up W U, down V shared by those with the same D.
 
-    changes: stream or reader (see `Architecture.text_readers`) -> D of all its layers, or site -> D of one layer; a layer with
-    neither stays. A bias stays: it is added to what the changed weight gives.
+    changes: stream or reader (see `Architecture.text_readers` and `encoder_readers`) -> D of all its layers, or site -> D of one
+    layer; a layer with neither stays. A bias stays: it is added to what the changed weight gives.
     """
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     small = {id(change): change.compressed() for change in changes.values()}
     streams = {name: stream.linears for name, stream in model.arch.text_streams().items()}
-    for name, linears in {**streams, **model.arch.text_readers()}.items():
+    for name, linears in {**streams, **model.arch.text_readers(), **model.arch.encoder_readers()}.items():
         for site, linear in linears.items():
             change = changes.get(site, changes.get(name))
             if change is not None and (d := small[id(change)]).rank:

@@ -153,7 +153,7 @@ def encode_prompts(arch: Architecture, task: Task, nothing: Nothing, own: Templa
     kept = tuple((template, word) for word in task.preserve for template in distinct)
     prompts = ["", *(fill(*job) for job in kept)]
     for template, word, anchor_template, anchor in pairs:
-        prompts += [fill(template, word), fill(anchor_template, anchor), *_around(template), *_around(anchor_template)]
+        prompts += [fill(template, word), fill(anchor_template, anchor), *around(template), *around(anchor_template)]
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     return TaskPrompts(pairs, kept, index, encode(arch, list(index)))
 
@@ -168,7 +168,7 @@ def erase_task(task: Task) -> EraseTask:
 def encode_concept(arch: Architecture, concept: Concept, templates: Sequence[str]) -> dict[str, tuple[Placed, ...]]:
     """Encode a concept's prompts: every template around every word. Returns stream -> the prompts, for every segment."""
     jobs = [(template, word) for template in templates for word in concept.words]
-    prompts = [part for template, word in jobs for part in (fill(template, word), *_around(template))]
+    prompts = [part for template, word in jobs for part in (fill(template, word), *around(template))]
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     text = encode(arch, list(index))
     return {
@@ -205,7 +205,7 @@ def fill(template: str, word: str) -> str:
     return " ".join(template.replace("{}", word).split())
 
 
-def _around(template: str) -> tuple[str, str]:
+def around(template: str) -> tuple[str, str]:
     """What stands before and after the concept in a template."""
     before, _, after = template.partition("{}")
     return before.strip(), after.strip()
@@ -240,10 +240,10 @@ class _Encoding:
         rows, length = self.up_to_eot(fill(template, word))
         if self.segment.ids is None:
             return Placed(rows, 0, len(rows), None, leading, causal)
-        before, after = (self.up_to_eot(part)[1] for part in _around(template))
+        before, after = (self.up_to_eot(part)[1] for part in around(template))
         start, eot = before - 1, length - 1
         end = eot - (after - 1 - leading)
-        ids, ids_before, ids_after = (self.segment.ids[self.index[part]] for part in (fill(template, word), *_around(template)))
+        ids, ids_before, ids_after = (self.segment.ids[self.index[part]] for part in (fill(template, word), *around(template)))
         same = torch.equal(ids[:start], ids_before[:start]) and torch.equal(ids[end:eot], ids_after[leading : leading + eot - end])
         if not same or (word.strip() and end <= start):
             raise UserError(f"template {template!r} joins {word!r} to the words beside it; put spaces around the {{}}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipelines.closed_form.edit import as_edit
+from pipelines.closed_form.encoder import encoder_changes
 from pipelines.closed_form.features import captured_changes
 from pipelines.closed_form.prior import PRIOR_HELP, ROWS, ROWS_HELP, SCALE, SCALE_HELP, PriorRows, caption_prior
 from pipelines.closed_form.rows import KeepChoice, Nothing, RowChoice, Templates, encode_prompts, encode_task, erase_task
@@ -18,6 +19,8 @@ from toolkit.solve import Change, closed_form
 if TYPE_CHECKING:
     from toolkit.edits.low_rank import LowRank
     from toolkit.model import Model
+
+Layers = Literal["text", "values", "encoder", "captured", "both"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class UCE(Method):
     prior_rows: PriorRows = option(ROWS, ROWS_HELP)
     prior_scale: float = option(SCALE, SCALE_HELP)
     lamb: float = option(0.5, "weight of staying close to the given weights")
-    layers: Literal["text", "captured", "both"] = option("text", "layers: text (read it as it is), captured (behind them), or both")
+    layers: Layers = option("text", "text (all that read it as it is), values (of these), encoder, captured (behind text), or both")
     capture_steps: int = option(8, "steps of drawing a prompt, at each of which captured layers are seen")
     capture_images: int = option(2, "images that are drawn of each prompt for captured layers")
     capture_seed: int = option(0, "of the first of these images")
@@ -86,8 +89,14 @@ class UCE(Method):
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once for each stream of text, and for each captured input. There is nothing to choose among: `score` is not called."""
         self.check(model)
+        if self.layers == "encoder":
+            prompts = encode_prompts(model.arch, task, self.nothing)
+            return as_edit(model, self, encoder_changes(model.arch, prompts, self.rows, self.preserve_rows, **self.weights()))
         changes, notes = self.solve(model, task) if self.layers != "captured" else ({}, {})
-        if self.layers == "text":
+        if self.layers == "values":
+            streams, values = model.arch.text_streams(), model.arch.value_linears()
+            changes = {site: changes[name] for name, stream in streams.items() for site in stream.linears if site in values}
+        if self.layers in ("text", "values"):
             return as_edit(model, self, changes, notes)
         prompts = encode_prompts(model.arch, task, self.nothing)
         with model.attached(*([as_edit(model, self, changes)] if changes else [])):
@@ -96,30 +105,36 @@ class UCE(Method):
                 prompts,
                 self.rows,
                 self.preserve_rows,
-                erase_scale=self.erase_scale,
-                preserve_scale=self.preserve_scale,
-                lamb=self.lamb,
+                **self.weights(),
                 steps=self.capture_steps,
                 images=self.capture_images,
                 seed=self.capture_seed,
             )
         return as_edit(model, self, changes | captured, notes)
 
+    def weights(self) -> dict[str, float]:
+        """a, p and lamb of the equation."""
+        return {"erase_scale": self.erase_scale, "preserve_scale": self.preserve_scale, "lamb": self.lamb}
+
     def check(self, model: Model) -> None:
         """Refuse a choice of layers that the model does not have, and options without effect on it."""
-        default = UCE()
+        default, arch = UCE(), model.arch
         capture = ("capture_steps", "capture_images", "capture_seed")
-        if self.layers == "text":
-            if any(getattr(self, name) != getattr(default, name) for name in capture):
-                raise UserError(f"{', '.join(capture)} have no effect on layers text; set layers to captured or both")
-            return
-        if not model.arch.text_readers():
-            raise UserError(f"layers is {self.layers}, but in {model.arch.name} all layers read the text as it is; leave it at text")
-        if min(self.capture_steps, self.capture_images) < 1:
-            given = f"capture_steps is {self.capture_steps} and capture_images {self.capture_images}"
-            raise UserError(f"{given}, needs at least 1 of each; set both")
-        if self.layers == "captured" and (self.prior, self.prior_rows, self.prior_scale) != ("", ROWS, SCALE):
-            raise UserError("prior, prior_rows and prior_scale have no effect on layers captured; preserve prompts, or set layers to both")
+        if self.layers not in ("captured", "both") and any(getattr(self, name) != getattr(default, name) for name in capture):
+            raise UserError(f"{', '.join(capture)} have no effect on layers {self.layers}; set layers to captured or both")
+        if self.layers in ("captured", "encoder") and (self.prior, self.prior_rows, self.prior_scale) != ("", ROWS, SCALE):
+            what = f"prior, prior_rows and prior_scale have no effect on layers {self.layers}"
+            raise UserError(f"{what}; preserve prompts, or set layers to {'both' if self.layers == 'captured' else 'text'}")
+        if self.layers == "values" and arch.value_linears().keys() == arch.text_linears().keys():
+            raise UserError(f"layers is values, but in {arch.name} one layer gives keys and values both; leave it at text")
+        if self.layers == "encoder" and not arch.encoder_readers():
+            raise UserError(f"layers is encoder, which works on models with a UNet, and this is {arch.name}; leave it at text")
+        if self.layers in ("captured", "both"):
+            if not arch.text_readers():
+                raise UserError(f"layers is {self.layers}, but in {arch.name} all layers read the text as it is; leave it at text")
+            if min(self.capture_steps, self.capture_images) < 1:
+                given = f"capture_steps is {self.capture_steps} and capture_images {self.capture_images}"
+                raise UserError(f"{given}, needs at least 1 of each; set both")
 
     def solve(self, model: Model, task: Task, own: Templates | None = None) -> tuple[dict[str, Change], Mapping[str, Any]]:
         """Stream -> D, and what is to be noted of the captions. own: see `encode_task`."""
@@ -129,9 +144,7 @@ class UCE(Method):
             stream: closed_form(
                 *text.moved(self.rows),
                 text.keep(self.preserve_rows),
-                erase_scale=self.erase_scale,
-                preserve_scale=self.preserve_scale,
-                lamb=self.lamb,
+                **self.weights(),
                 prior=prior.moments.get(stream),
             )
             for stream, text in encode_task(model.arch, task, self.nothing, own).items()
@@ -139,7 +152,7 @@ class UCE(Method):
         return changes, prior.notes
 
     def needs(self) -> Literal["text", "all"]:
-        return "text" if self.layers == "text" else "all"
+        return "all" if self.layers in ("captured", "both") else "text"
 
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:

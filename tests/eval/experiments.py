@@ -14,7 +14,7 @@ ALONE, ANCHORED, WEAPONS, BARE = (
     "weapons, in one task",
     "12 objects, without synonyms",
 )
-GROUP, LEARNER = "rece-group", "textual_inversion"
+GROUP, LEARNER = "rece-contexts", "textual_inversion"
 
 
 def smaller(name: str, n: int) -> Experiment:

@@ -79,3 +79,14 @@ def test_styles_can_be_left_out(world: World) -> None:
     prompts = make.objects(world, ["dog", "cat"], 100, without={"noto"})
     assert len(prompts) == 100
     assert {p.scene.style for p in prompts} == {"", "twemoji", "fluent 3d", "fluent flat"}
+
+
+def test_contexts_are_captions_that_no_evaluation_asks_with(world: World) -> None:
+    name = world.names("scored")[0]
+    contexts = make.contexts(world, 60)
+    assert contexts[0] == "{}" and len(set(contexts)) == 60
+    assert all(template.count("{}") == 1 and name not in template for template in contexts)
+    assert not {template.format(name) for template in contexts} & {prompt.text for prompt in make.single(world, name, 500)}
+    assert contexts == make.contexts(world, 80)[:60]
+    text = " ".join(contexts)
+    assert all(word in text for word in (*BACKGROUNDS, *world.styles))

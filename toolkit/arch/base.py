@@ -197,6 +197,13 @@ class Architecture(ABC):
         """
         return {}
 
+    def encoder_readers(self) -> dict[str, dict[str, nn.Linear]]:
+        """Name -> (site -> linear layer), for projections in the text encoders: the keys and values of each attention, and that of
+        a pooled encoding. Layers of one name read the same: rows [n, L, d] of one encoder's tokens, or one row for each prompt
+        [n, d]. Layers that nothing reads are left out. Default: none.
+        """
+        return {}
+
     @abstractmethod
     def lora_targets(self) -> dict[str, nn.Linear]:
         """Site -> linear layer, for the layers that low-rank training usually adapts (attention projections)."""

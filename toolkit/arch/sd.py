@@ -23,6 +23,7 @@ from toolkit.arch.single_file import from_single_file
 from toolkit.errors import UserError
 
 LORA_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+ENCODER_PROJECTIONS = ("k_proj", "v_proj")
 V2_TEXT_WIDTH = 1024  # of the text encoder of Stable Diffusion 2; that of 1 has 768
 LDM = {"denoiser": "model.diffusion_model.", "vae": "first_stage_model."}  # how keys begin in single files
 
@@ -106,6 +107,14 @@ class SD(Encoders):
 
     def value_linears(self) -> dict[str, nn.Linear]:
         return self.denoiser_linears("attn2.to_v")
+
+    def encoder_readers(self) -> dict[str, dict[str, nn.Linear]]:
+        return {
+            f"{component}.{name}": {f"{component}.{name}.{linear}": module.get_submodule(linear) for linear in ENCODER_PROJECTIONS}
+            for component, encoder in self._encoders().items()
+            for name, module in encoder.named_modules()
+            if name.endswith(".self_attn")
+        }
 
     def lora_targets(self) -> dict[str, nn.Linear]:
         return self.denoiser_linears(*(f"{attention}.{linear}" for attention in ("attn1", "attn2") for linear in LORA_PROJECTIONS))

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from toolkit.arch.base import Text, from_pretrained
@@ -20,6 +20,7 @@ from toolkit.arch.sd import LDM, SD, TINY_NOISE, TINY_TEXT, TINY_UNET, TINY_VAE,
 from toolkit.arch.single_file import from_single_file
 
 TINY_TEXT_2: dict[str, Any] = {**TINY_TEXT, "hidden_size": 40, "projection_dim": 24, "hidden_act": "gelu"}
+POOLED = "text_encoder_2.text_projection"
 TINY_SIZES = 8  # width of the encoding of each of the six numbers about an image's size
 
 
@@ -65,6 +66,13 @@ class SDXL(SD):
                 "scheduler": DDIMScheduler(**TINY_NOISE, prediction_type=prediction_type),
             }
         return cls(StableDiffusionXLPipeline(**parts, add_watermarker=False))
+
+    # --- parts --------------------------------------------------------------------------------------------------
+    def encoder_readers(self) -> dict[str, dict[str, nn.Linear]]:
+        """Of the first encoder, whose last layer nobody reads, all but that one; of the second the pooled projection too."""
+        readers = super().encoder_readers()
+        del readers[[name for name in readers if name.startswith("text_encoder.")][-1]]
+        return {**readers, POOLED: {POOLED: self.pipe.text_encoder_2.text_projection}}
 
     # --- text ---------------------------------------------------------------------------------------------------
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:

@@ -120,6 +120,14 @@ def per_name(written: list[str], names: list[str], option: str) -> dict[str, str
     return given
 
 
+def check_counts(args: Namespace) -> None:
+    """Whether `--n`, `--steps` and `--batch-size` are at least 1 where given."""
+    for option in ("n", "steps", "batch_size"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} is {value}, needs at least 1; give a larger number")
+
+
 def check_format(name: str) -> None:
     """Whether there is an export format of this name, before any work is done."""
     from toolkit.io.export import FORMATS

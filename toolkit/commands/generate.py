@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from typing import Any
 
-from toolkit.commands import add_model_arguments, open_model
+from toolkit.commands import add_model_arguments, check_counts, open_model
 from toolkit.errors import UserError
 
 HELP = "draw images from prompts, with edits attached"
@@ -32,9 +32,7 @@ def run(args: Namespace) -> dict[str, Any]:
     from toolkit.runs import check_writable, progress, timed, write_json
     from toolkit.sample import generate
 
-    for option, value in (("--steps", args.steps), ("--n", args.n), ("--batch-size", args.batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} is {value}, needs at least 1; give a larger number")
+    check_counts(args)
     if args.size and len(args.size) > 2:
         raise UserError(f"--size has {len(args.size)} numbers, needs one side or height and width; give one or two")
     out = check_writable(args.out)
