@@ -38,7 +38,9 @@ class UCE(Method):
         `layers` captured, the keys and values that joint attention makes of the text are changed, by the mean of this objective
         over noisy latents x_t, with rows that depend on them: c_i(x_t) and g_i(x_t) are what the layer reads on the same x_t
         under the concept's and under its anchor's prompt. Each input of its own has a D of its own, which is that of each
-        layer by itself, as D does not depend on W. features.py says how rows are captured, and what that costs.
+        layer by itself, as D does not depend on W. features.py says how rows are captured, and what that costs. With `layers`
+        encoder, on models with a UNet, the same is done for what the keys and values of the text encoders' own attention read,
+        and on SDXL the projection that gives the pooled encoding, which no layer of the cross-attention reads; see encoder.py.
 
     Shapes
         c, g: [n, d], k: [m, d] text encoder outputs, d its width. W, W0: [o, d]. D: [d, d] of rank at most n, so the
@@ -65,6 +67,8 @@ class UCE(Method):
         and TRCE do, by the layers that read text as it is; see prior.py. The official code for Flux edits these layers too,
         but counts their bias to v_i and not to W, which adds it twice; here v_i = W0 g_i, and the bias stays. Captured layers are
         ours. With "both", they are captured with the edit of the first layers attached, since what they read comes from there.
+        Layers "values" is that code's choice to leave the keys. Layers "encoder" is ours too: a concept's own rows keep it in the
+        residual stream, so it is meant as an edit to build a second one on, of the layers that read what it leaves.
     """
 
     rows: RowChoice = option("all", "token rows that are moved: last_subject, tail_aligned, matched or all")
@@ -91,7 +95,8 @@ class UCE(Method):
         self.check(model)
         if self.layers == "encoder":
             prompts = encode_prompts(model.arch, task, self.nothing)
-            return as_edit(model, self, encoder_changes(model.arch, prompts, self.rows, self.preserve_rows, **self.weights()))
+            weights = {"erase_scale": self.erase_scale, "preserve_scale": self.preserve_scale, "lamb": self.lamb}
+            return as_edit(model, self, encoder_changes(model.arch, prompts, self.rows, self.preserve_rows, **weights))
         changes, notes = self.solve(model, task) if self.layers != "captured" else ({}, {})
         if self.layers == "values":
             streams, values = model.arch.text_streams(), model.arch.value_linears()
@@ -105,16 +110,14 @@ class UCE(Method):
                 prompts,
                 self.rows,
                 self.preserve_rows,
-                **self.weights(),
+                erase_scale=self.erase_scale,
+                preserve_scale=self.preserve_scale,
+                lamb=self.lamb,
                 steps=self.capture_steps,
                 images=self.capture_images,
                 seed=self.capture_seed,
             )
         return as_edit(model, self, changes | captured, notes)
-
-    def weights(self) -> dict[str, float]:
-        """a, p and lamb of the equation."""
-        return {"erase_scale": self.erase_scale, "preserve_scale": self.preserve_scale, "lamb": self.lamb}
 
     def check(self, model: Model) -> None:
         """Refuse a choice of layers that the model does not have, and options without effect on it."""
@@ -144,7 +147,9 @@ class UCE(Method):
             stream: closed_form(
                 *text.moved(self.rows),
                 text.keep(self.preserve_rows),
-                **self.weights(),
+                erase_scale=self.erase_scale,
+                preserve_scale=self.preserve_scale,
+                lamb=self.lamb,
                 prior=prior.moments.get(stream),
             )
             for stream, text in encode_task(model.arch, task, self.nothing, own).items()
