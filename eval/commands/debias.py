@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from toolkit.commands import add_fit_arguments, check_counts, open_for, open_method, save_fitted
-from toolkit.commands.erase import concepts
+from toolkit.commands.erase import TEMPLATE_HELP, concepts, templates
 from toolkit.concepts import DebiasTask
 
 HELP = "fit an edit that draws concepts with several attributes in wanted parts"
@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--ratios", nargs="+", type=float, default=[], metavar="R", help="the wanted part of each, 1 in all; default: equal"
     )
     parser.add_argument("--preserve", nargs="+", action="extend", default=[], metavar="P", help="what must stay as it is")
-    parser.add_argument("--template", nargs="+", action="extend", default=[], metavar="T", help="prompt templates with {} for the concept")
+    parser.add_argument("--template", nargs="+", action="extend", default=[], metavar="T", help=TEMPLATE_HELP)
     parser.add_argument("--clip", metavar="SOURCE", help="a CLIP that tells the attributes apart: hf-hub:OWNER/NAME or local-dir:FOLDER")
     parser.add_argument("--n", type=int, default=32, help="images of a concept for each count (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -47,9 +47,9 @@ def run(args: Namespace) -> dict[str, Any]:
     check_counts(args)
     method = open_method("debias", args.method, args.set)
     clip = functools.cache(lambda: open_clip(args))
-    attributes, templates = tuple(args.attributes), tuple(args.template)
-    count = AttributeCounter(clip, attributes, templates, args.n, args.seed, args.steps, args.guidance, args.batch_size)
-    task = DebiasTask(concepts(args), attributes, count, tuple(args.ratios), tuple(args.preserve), templates)
+    attributes, contexts = tuple(args.attributes), templates(args)
+    count = AttributeCounter(clip, attributes, contexts, args.n, args.seed, args.steps, args.guidance, args.batch_size)
+    task = DebiasTask(concepts(args), attributes, count, tuple(args.ratios), tuple(args.preserve), contexts)
     out = check_writable(args.out)
     model = open_for(args, method)
     check_clip(args, model)

@@ -115,6 +115,17 @@ def test_synonyms_and_anchors_of_several_concepts(folder: str, tmp_path: Path, c
     assert "unknown concept in --anchor 'cta'; did you mean cat?" in fails(capsys, *base, "--anchor", "cta=dog")
 
 
+def test_templates_may_stand_in_a_file(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "contexts.txt"
+    base = ("erase", "--model", folder, "--method", "uce", "--concept", "cat", "--out", tmp_path, "--template", "a {}", file)
+    assert "no file" in fails(capsys, *base)
+    file.write_text("\n \n")
+    assert "no template in" in fails(capsys, *base)
+    file.write_text("a photo of a {}\n\n{} on a table \n")
+    call(capsys, *base)
+    assert json.loads((tmp_path / "config.json").read_text())["task"]["templates"] == ["a {}", "a photo of a {}", "{} on a table"]
+
+
 def test_edit_option_attaches_with_its_scale(folder: str, edits: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = f"{edits[0]}/edit.safetensors"
     drawing = ("generate", "--model", folder, "--prompt", "a cat", "--out", tmp_path)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 from toolkit.commands import add_fit_arguments, fit_and_save, open_method, per_name
 from toolkit.concepts import Concept, EraseTask
+from toolkit.errors import UserError
 
 HELP = "fit an edit that erases concepts from a model"
+TEMPLATE_HELP = "prompt templates with {} for the concept, or a .txt file with one a line"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -18,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--anchor", nargs="+", action="extend", default=[], metavar="A", help="what to draw instead: A, or C=A")
     parser.add_argument("--preserve", nargs="+", action="extend", default=[], metavar="P", help="what must stay as it is")
     parser.add_argument("--style", action="store_true", help="the concepts are styles, not objects")
-    parser.add_argument("--template", nargs="+", action="extend", default=[], metavar="T", help="prompt templates with {} for the concept")
+    parser.add_argument("--template", nargs="+", action="extend", default=[], metavar="T", help=TEMPLATE_HELP)
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -26,8 +29,24 @@ def run(args: Namespace) -> dict[str, Any]:
     from toolkit.runs import check_writable
 
     method = open_method("erase", args.method, args.set)
-    task = EraseTask(concepts(args), tuple(args.preserve), tuple(args.template))
+    task = EraseTask(concepts(args), tuple(args.preserve), templates(args))
     return fit_and_save(args, method, task, check_writable(args.out))
+
+
+def templates(args: Namespace) -> tuple[str, ...]:
+    """What --template says, and what the files that it names say."""
+    found: list[str] = []
+    for word in args.template:
+        if not word.endswith(".txt"):
+            found.append(word)
+            continue
+        if not Path(word).is_file():
+            raise UserError(f"no file {word!r} for --template; give a .txt with one template a line")
+        lines = [line.strip() for line in Path(word).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if not lines:
+            raise UserError(f"no template in {word!r}; write one a line, with {{}} for the concept")
+        found += lines
+    return tuple(found)
 
 
 def concepts(args: Namespace) -> tuple[Concept, ...]:
