@@ -20,7 +20,6 @@ from eval.prompts import Prompt
 from eval.rates import Painter, Shown
 from toolkit.errors import UserError
 from toolkit.io.files import FILE_NAME, save_edit
-from toolkit.method import Method
 from toolkit.runs import timed, write_atomic
 from toolkit.world.oracle import NONE, Reading
 from toolkit.world.scenes import PLACES, Scene, World
@@ -31,12 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bench:
-    """Where cells are measured. methods: label -> the method with its options. out: the folder of the cells' files."""
+    """Where cells are measured. out: the folder of the cells' files."""
 
     world: World
     model: Model
     painter: Painter
-    methods: Mapping[str, Method]
     out: Path
 
     @cached_property
@@ -46,8 +44,7 @@ class Bench:
 
     def file(self, cell: Cell) -> Path:
         """The JSON file of a cell. Another model, task, method, option or way to draw has another file."""
-        method = self.methods[cell.method]
-        key = repr((method.name(), method.config(), cell.goal, self.model.fingerprint, self.measured_by))
+        key = repr((cell.fitted.name(), cell.fitted.config(), cell.goal, self.model.fingerprint, self.measured_by))
         return self.out / f"{cell.name}.{hashlib.blake2b(key.encode(), digest_size=6).hexdigest()}.json"
 
     def missing(self, cell: Cell) -> list[str]:
@@ -67,7 +64,7 @@ class Bench:
 
     def measure(self, cell: Cell) -> None:
         """Fit the method, draw what is missing before and after, and write what the oracle reads, label by label."""
-        method, record = self.methods[cell.method], self._record(cell)
+        method, record = cell.fitted, self._record(cell)
         if self.model.arch.name not in method.architectures:
             raise UserError(
                 f"{cell.method} does not work on {self.model.arch.name} models; take it out of the experiment, or give another --model"

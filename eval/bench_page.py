@@ -25,7 +25,7 @@ from eval.bench_results import (
     still_drawn,
 )
 from eval.cells import Cell, Portrait
-from eval.experiment import Experiment
+from eval.experiment import Experiment, Section
 from eval.rates import DRAWN_WELL, background_right, drawn_instead, drawn_well, most_drawn, object_right, relative, share, style_right
 from eval.subjects import PICTURES
 
@@ -73,13 +73,14 @@ class Report:
             if absent
             else "",
             missed="\n".join(f"- {line}" for line in self.missed()) or "None.",
-            sections="\n\n".join(self.section(section.title) for section in self.experiment.sections),
+            sections="\n\n".join(self.section(section) for section in self.experiment.sections),
             methods="\n\n".join(self.method(label) for label in self.experiment.methods),
         )
 
     # --- side by side -------------------------------------------------------------------------------------------------
-    def section(self, name: str) -> str:
+    def section(self, section: Section) -> str:
         """The methods side by side on a section, over all its tasks that count."""
+        name = section.title
         found = [result for result in self.results if result.cell.section == name and result.counts]
         per_method = {label: [result for result in found if result.cell.method == label] for label in self.experiment.methods}
         per_method = {label: own for label, own in per_method.items() if own}
@@ -87,7 +88,7 @@ class Report:
             return f"### {name}\n\nNothing that counts."
         kind = found[0].cell.kind
         lines = [[label, *COMPARE[kind](own), *mean_cost(own)] for label, own in per_method.items()]
-        text = f"### {name}\n\n{table(('method', *COMPARED[kind], *COST), lines)}"
+        text = "\n\n".join([f"### {name}", *described(section), table(("method", *COMPARED[kind], *COST), lines)])
         least = by_object_kept(per_method) if kind == "objects" else ""
         return f"{text}\n\nKept least, pooled over the tasks:\n\n{least}" if least else text
 
@@ -108,6 +109,16 @@ class Report:
         ]
         config = json.dumps(self.experiment.methods[label].config())
         return "\n\n".join([f"### {label}", f"`{self.experiment.methods[label].name()}` with `{config}`", *filter(None, tables)])
+
+
+def described(section: Section) -> list[str]:
+    """What the methods are told in a section that is not said for all."""
+    said = []
+    if section.templates:
+        said.append(f"The methods put every object, erased and preserved, into {section.templates} contexts.")
+    if section.preserve_times != 1:
+        said.append(f"Their options that end in preserve_scale are {section.preserve_times:g} times those given below.")
+    return [" ".join(said)] if said else []
 
 
 def objects(found: Sequence[Measured]) -> list[str]:

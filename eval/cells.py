@@ -14,6 +14,7 @@ from eval.prompts import Prompt, resolve
 from eval.subjects import PICTURES, subject
 from toolkit.concepts import Concept, CustomizeTask, EraseTask, Task
 from toolkit.errors import UserError, unknown
+from toolkit.method import Method
 from toolkit.world.captions import AT
 from toolkit.world.scenes import BACKGROUNDS, Scene, World
 
@@ -38,8 +39,8 @@ class Portrait:
 class Cell:
     """One method on one task.
 
-    method: its label in the experiment. section: the name of what it is pooled with. task: its own name. asked: label ->
-    pairs of what the unedited model is asked and what the edited one is; the two differ only where it says so below.
+    method: its label in the experiment. fitted: it, with its options. section: the name of what it is pooled with. task: its own
+    name. asked: label -> pairs of what the unedited model is asked and what the edited one is; the two differ only where it says so below.
 
     name        the concept by its name                     kept    everything else
     given       by its synonyms that a method may be given  unnamed unedited: the prompts of `name` without the style
@@ -48,6 +49,7 @@ class Cell:
     """
 
     method: str
+    fitted: Method
     section: str
     task: str
     goal: EraseTask | Portrait
@@ -101,7 +103,8 @@ def plan(world: World, experiment: Experiment) -> list[Cell]:
         for (section, task, goal), kept in zip(tasks, rest, strict=True):
             about = {**asked(world, goal, section.n or experiment.header.n), "kept": same(kept)}
             drawn = {label: pairs for label, pairs in about.items() if label in section.labels or label == "unnamed"}
-            cells[section.title] += [Cell(method, section.title, task, goal, drawn) for method in experiment.methods_of(section)]
+            for label in experiment.methods_of(section):
+                cells[section.title].append(Cell(label, experiment.method(label, section), section.title, task, goal, drawn))
     return [cell for found in cells.values() for cell in found]
 
 

@@ -21,7 +21,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Section(Configured):
     together: bool = option(False, "erase all in one task, rather than each alone")
     synonyms: bool = option(True, "give the methods the synonyms that they may be given")
     templates: int = option(0, "prompt templates that objects, erased and preserved, are put into; 0: the methods' own")
+    preserve_times: float = option(1.0, "times that the methods' preserve scales count, for several concepts in one task")
     ask: tuple[str, ...] = option((), "what is drawn, by label; empty: everything but beside for objects, all else")
     methods: tuple[str, ...] = option((), "labels of the methods; empty: all that can do it")
     n: int | None = option(None, "images of a concept by its name, in place of the experiment's")
@@ -67,6 +68,8 @@ class Section(Configured):
                 raise UserError(f"section {self.title!r} has {given} {what} for {len(self.concepts)} {self.kind}; give one for each")
         if self.templates < 0 or (self.templates and not self.objects):
             raise UserError(f"section {self.title!r} has {self.templates} templates; give 0, or for objects more")
+        if not 0 < self.preserve_times < float("inf"):
+            raise UserError(f"section {self.title!r} has preserve_times {self.preserve_times}, needs a number above 0; give such a factor")
         for label in self.ask:
             if label not in LABELS[self.kind]:
                 raise unknown(f"label in ask of section {self.title!r}", label, LABELS[self.kind])
@@ -122,6 +125,12 @@ class Experiment:
             if label not in able:
                 raise unknown(f"method to {METHOD_KIND[section.kind]} in section {section.title!r}", label, able)
         return list(section.methods or able)
+
+    def method(self, label: str, section: Section) -> Method:
+        """The method of this label as it is measured on a section."""
+        method = self.methods[label]
+        scales = {key: value * section.preserve_times for key, value in method.config().items() if key.endswith("preserve_scale")}
+        return replace(method, **scales) if section.preserve_times != 1 else method
 
 
 def read(path: str | Path) -> Experiment:

@@ -57,7 +57,7 @@ def run(args: Namespace) -> dict[str, Any]:
     if not knows_world(model):
         raise UserError(f"{args.model} does not draw the embedded world, so nothing says what it shows; bench emoji-sd")
     painter = Painter(load_oracle(), experiment.header.steps, experiment.header.guidance)
-    bench = Bench(world, model, painter, experiment.methods, out)
+    bench = Bench(world, model, painter, out)
     missing = [cell for cell in chosen if bench.missing(cell)]
     for i, cell in enumerate(missing):
         with timed() as cost:
