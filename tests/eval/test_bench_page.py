@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from eval.bench_page import Report
+from eval.bench_page import Report, described
 from eval.bench_results import Measured, Row, rows, still_drawn
 from eval.cells import Cell, plan
 from eval.experiment import read
@@ -88,7 +88,7 @@ def test_pooled_rates_hide_no_concept(cells: list[Cell]) -> None:
     worst = found(lines_of(made.results), f"uce, {ALONE}", "the worst")
     assert "(gem)" in worst.what and worst.missed and worst.estimate.value == 0.25
     assert not [line for line in made.missed() if "the worst" not in line]
-    assert "| gem 25 %" in made.section(ALONE)
+    assert "| gem 25 %" in made.section(made.experiment.sections[0])
 
 
 def test_destroyed_images_are_no_erasure(cells: list[Cell]) -> None:
@@ -149,3 +149,12 @@ def test_what_is_not_drawn_before_does_not_count(cells: list[Cell]) -> None:
     dog = poor("uce-dog", "dog")
     assert not dog.counts and not rows([dog], "uce")
     assert "Left out: dog (0 %)." in report([dog], cells).page()
+
+
+def test_a_section_says_what_its_methods_are_told(world: World) -> None:
+    one, *_, twenty = read(FILES / "closed-form.toml").sections
+    assert described(one) == []
+    assert described(twenty) == [
+        "The methods put every object, erased and preserved, into 40 contexts. "
+        "Their options that end in preserve_scale are 20 times those given below."
+    ]
