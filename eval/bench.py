@@ -18,11 +18,11 @@ from eval.cells import Cell
 from eval.fidelity import oracle_kid
 from eval.prompts import Prompt
 from eval.rates import Painter, Shown
+from eval.unedited import Unedited, reading_of, reading_to_json
 from toolkit.errors import UserError
 from toolkit.io.files import FILE_NAME, save_edit
 from toolkit.runs import timed, write_atomic
-from toolkit.world.oracle import NONE, Reading
-from toolkit.world.scenes import PLACES, Scene, World
+from toolkit.world.scenes import Scene, World
 
 if TYPE_CHECKING:
     from toolkit.model import Model
@@ -41,6 +41,12 @@ class Bench:
     def measured_by(self) -> dict[str, Any]:
         """What the painter measures with; it hashes the oracle's weights, so once for all cells."""
         return self.painter.measured_by()
+
+    @cached_property
+    def unedited(self) -> Unedited:
+        """What the model draws without an edit."""
+        key = hashlib.blake2b(repr((self.model.fingerprint, self.measured_by)).encode(), digest_size=6).hexdigest()
+        return Unedited(self.world, self.model, self.painter, self.out / f"unedited.{key}.json")
 
     def file(self, cell: Cell) -> Path:
         """The JSON file of a cell. Another model, task, method, option or way to draw has another file."""
@@ -85,13 +91,15 @@ class Bench:
         }
         for label in _missing(record, cell):
             asked = cell.asked[label]
-            before = self.painter.draw(self.model, [first for first, _ in asked], f"{cell.name}, {label}, before")
+            first, title = [first for first, _ in asked], f"{cell.name}, {label}, before"
+            kid = self.unedited.kid(first, title) if label == "name" else None
+            before = self.unedited.shown(first, title)
             with self.model.attached(edit):
                 after = self.painter.draw(self.model, [second for _, second in asked], f"{cell.name}, {label}, after")
             drawn = [(to_json(a), to_json(b)) for a, b in zip(before, after, strict=True)]
             record["images"][label] = list((_by_prompts(record["images"].get(label, [])) | _by_prompts(drawn)).values())
             if label == "name":
-                record["kid"] = [oracle_kid(self.world, self.painter.oracle, side).as_json()["value"] for side in (before, after)]
+                record["kid"] = [kid, oracle_kid(self.world, self.painter.oracle, after).as_json()["value"]]
             write_atomic(self.file(cell), json.dumps(record, ensure_ascii=False))
 
     def _record(self, cell: Cell) -> dict[str, Any]:
@@ -109,15 +117,12 @@ def to_json(shown: Shown) -> dict[str, Any]:
     """An image without its pixels: what was asked for and what the oracle reads."""
     prompt, reading = shown.prompt, shown.reading
     asked = {"background": prompt.scene.background, "style": prompt.scene.style, "items": prompt.scene.items, "words": prompt.words}
-    shows = {"objects": reading.present(), "styles": reading.styles, "background": reading.background}
-    return {"prompt": prompt.text, "seed": prompt.seed, "asked": asked, "shows": shows}
+    return {"prompt": prompt.text, "seed": prompt.seed, "asked": asked, "shows": reading_to_json(reading)}
 
 
 def from_json(row: Mapping[str, Any]) -> Shown:
     """The inverse of `to_json`; without pixels."""
-    shows = row["shows"]
-    reading = Reading(dict.fromkeys(PLACES, NONE) | shows["objects"], shows["styles"], shows["background"])
-    return Shown(_prompt(row), reading, torch.empty(0))
+    return Shown(_prompt(row), reading_of(row["shows"]), torch.empty(0))
 
 
 def _prompt(row: Mapping[str, Any]) -> Prompt:

@@ -165,6 +165,19 @@ def test_only_what_is_missing_in_a_cell_is_drawn(world: World, untrained: Oracle
     assert made.missing(cell) == made.missing(other) == [], "what was drawn for one experiment is there for another"
 
 
+def test_the_unedited_model_draws_once_for_all_cells(world: World, untrained: Oracle, tiny: Model, tmp_path: Path) -> None:
+    one = next(cell for cell in plan(world, smaller("main-job", 2)) if cell.name == "uce-pistol")
+    two = replace(one, method="other", fitted=one.fitted.from_config({"lamb": 2.0}))
+    count, (first, second) = sum(map(len, one.asked.values())), (Renderer(untrained), Renderer(untrained))
+    Bench(world, tiny, first, tmp_path).measure(one)
+    Bench(world, tiny, second, tmp_path).measure(two)
+    assert (first.painted, second.painted) == (2 * count, count)
+    results = [Bench(world, tiny, first, tmp_path).measured(cell) for cell in (one, two)]
+    before = [[(a.prompt, a.reading) for pairs in result.images.values() for a, _ in pairs] for result in results if result]
+    assert before[0] == before[1] and len(before[0]) == count
+    assert len({result.kid[0] for result in results if result}) == 1
+
+
 def test_an_image_without_pixels_reads_the_same(cells: list[Cell]) -> None:
     prompt = cells[0].asked["name"][0][0]
     item = shown(prompt, reading({"left": "dog", "right": "cat"}, "twemoji", "none"))
@@ -212,7 +225,7 @@ def test_a_run_goes_on_where_it_was(command: Callable[..., tuple[dict[str, Any],
     assert result["measured"] == 2 and result["of"] == 4 and drawn > 0 and len(result["results"]) == 2
     text = (tmp_path / "docs" / "page.md").read_text()
     assert "2 of 4 tasks are not measured" in text and "| strong |" in text and "### animals" in text
-    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if "unedited" not in path.name}
     assert command("--only", "dog")[1] == 0
     result, drawn = command()
     assert result["measured"] == 2 and drawn > 0 and "not measured" not in (tmp_path / "docs" / "page.md").read_text()

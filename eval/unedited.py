@@ -1,0 +1,74 @@
+"""What the unedited model draws, read once for all cells: kept in one file beside theirs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eval.fidelity import oracle_kid
+from eval.prompts import Prompt
+from eval.rates import Painter, Shown
+from toolkit.runs import write_atomic
+from toolkit.world.oracle import NONE, Reading
+from toolkit.world.scenes import PLACES, World
+
+if TYPE_CHECKING:
+    from toolkit.model import Model
+
+
+@dataclass(frozen=True)
+class Unedited:
+    """file: prompt and seed -> what the oracle reads, and a list of those -> its oracle-KID. Nothing else may have made it."""
+
+    world: World
+    model: Model
+    painter: Painter
+    file: Path
+
+    def shown(self, prompts: Sequence[Prompt], title: str) -> list[Shown]:
+        """The images of these prompts, without their pixels. Only those that the file does not hold are drawn."""
+        known = self._read()["shown"]
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if _key(prompt) not in known]
+        if fresh:
+            known = self._add(self.painter.draw(self.model, fresh, title))["shown"]
+        return [Shown(prompt, reading_of(known[_key(prompt)]), torch.empty(0)) for prompt in prompts]
+
+    def kid(self, prompts: Sequence[Prompt], title: str) -> float | None:
+        """The oracle-KID of the images of these prompts, None of too few. All are drawn when the file does not hold it."""
+        key = json.dumps([_key(prompt) for prompt in prompts])
+        known = self._read()["kid"]
+        if key not in known:
+            drawn = self.painter.draw(self.model, list(prompts), title)
+            known = self._add(drawn, {key: oracle_kid(self.world, self.painter.oracle, drawn).as_json()["value"]})["kid"]
+        return known[key]
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text()) if self.file.is_file() else {"shown": {}, "kid": {}}
+
+    def _add(self, drawn: Sequence[Shown], kid: Mapping[str, float | None] | None = None) -> dict[str, Any]:
+        """Write what is new to the file as it is by now, and give what it then holds."""
+        held = self._read()
+        held["shown"] |= {_key(item.prompt): reading_to_json(item.reading) for item in drawn}
+        held["kid"] |= kid or {}
+        write_atomic(self.file, json.dumps(held, ensure_ascii=False))
+        return held
+
+
+def reading_to_json(reading: Reading) -> dict[str, Any]:
+    """What the oracle reads."""
+    return {"objects": reading.present(), "styles": reading.styles, "background": reading.background}
+
+
+def reading_of(shows: Mapping[str, Any]) -> Reading:
+    """The inverse of `reading_to_json`."""
+    return Reading(dict.fromkeys(PLACES, NONE) | shows["objects"], shows["styles"], shows["background"])
+
+
+def _key(prompt: Prompt) -> str:
+    """What an image depends on beside the model."""
+    return f"{prompt.seed} {prompt.text}"
