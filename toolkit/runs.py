@@ -97,6 +97,30 @@ def computes_in_bf16(device: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a run of training leaves behind while it goes on.
+
+    folder: where; None keeps nothing. checkpointing_steps: a checkpoint every so many steps, to go on from when the run is started
+    again; 0 writes none. checkpoints_total_limit: how many of them are kept. sample_steps: images of `sample_prompts` every so many
+    steps, always from the same noise; 0 draws none. log_with: trackers of accelerate, "tensorboard", "wandb" or "trackio".
+    """
+
+    folder: Path | None = None
+    checkpointing_steps: int = 0
+    checkpoints_total_limit: int = 1
+    sample_steps: int = 0
+    sample_prompts: tuple[str, ...] = ()
+    log_with: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.folder is None and (self.checkpointing_steps or self.sample_steps or self.log_with):
+            raise UserError("checkpoints, samples and logs are asked for, and there is no folder for them; give one")
+        if bool(self.sample_steps) != bool(self.sample_prompts):
+            given = f"sample_steps is {self.sample_steps}, with {len(self.sample_prompts)} sample_prompts"
+            raise UserError(f"{given}; give both, or none of the two")
+
+
 @dataclass
 class Cost:
     """Wall-clock seconds, and the peak memory in MiB (of the GPU when one was used, else of the whole process so far)."""

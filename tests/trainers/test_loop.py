@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.errors import PalimpsestError
-from trainers.loop import LoopConfig, Objective, train
+from toolkit.runs import TrainingRun
+from trainers.loop import Batch, LoopConfig, Objective, train
 
 
 class Line(Objective):
@@ -20,13 +21,16 @@ class Line(Objective):
             self.module = nn.Linear(1, 1)
         self.bad, self.steps, self.seen = bad, [], torch.float32
 
-    def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        self.steps.append(step)
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        self.steps.append(batch.step)
         x = torch.randn(8, 1)
-        output = module(x)
+        output = self.module(x)
         self.seen = output.dtype
         loss = (output.float() - 3 * x - 1).square().mean()
-        return (loss * math.inf if step == self.bad else loss), {"x": x.mean().item()}
+        return (loss * math.inf if batch.step == self.bad else loss), {"x": x.mean().item()}
+
+    def describe(self, batch: Batch) -> str:
+        return "a line"
 
 
 def weights(objective: Line) -> list[float]:
@@ -59,13 +63,13 @@ def test_an_interrupted_run_goes_on_as_if_it_was_not(tmp_path: Path, ema: float)
         if step == 13:
             raise KeyboardInterrupt
 
-    options = config(checkpointing_steps=5, ema_decay=ema)
+    options, run = config(ema_decay=ema), TrainingRun(tmp_path, 5)
     straight, broken, resumed = Line(), Line(), Line()
     losses = train(straight, options)
     with pytest.raises(KeyboardInterrupt):
-        train(broken, options, tmp_path, after=interrupt)
+        train(broken, options, run, after=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"], "the newest only"
-    assert train(resumed, options, tmp_path) == losses[10:]
+    assert train(resumed, options, run) == losses[10:]
     assert resumed.steps == list(range(10, 20)) and weights(resumed) == weights(straight)
 
 
@@ -78,8 +82,8 @@ def test_ema_averages_the_weights() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(PalimpsestError, match=r"^mine: the loss became inf at step 7; lower learning_rate \(now 0\.2\)$"):
-        train(Line(bad=7), config(checkpointing_steps=5), tmp_path, title="mine")
+    with pytest.raises(PalimpsestError, match=r"^mine: the loss became inf at step 7, with a line; lower learning_rate .* checkpoint"):
+        train(Line(bad=7), config(), TrainingRun(tmp_path, 5), title="mine")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 

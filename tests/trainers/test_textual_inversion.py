@@ -17,8 +17,8 @@ from toolkit.io.files import load_edit
 from toolkit.model import Model
 from toolkit.prompt_search import TokenRows
 from toolkit.runs import seeded
-from trainers.customize.textual_inversion import Denoising, TextualInversion, batch, captions, weights
-from trainers.loop import LoopConfig, train
+from trainers.customize.textual_inversion import Denoising, TextualInversion, captions, evenly, weights
+from trainers.loop import Batch, LoopConfig, train
 
 SITE = "text_encoder:<toy>"
 
@@ -46,7 +46,7 @@ def test_the_loss_on_a_fixed_batch_goes_down(tmp_path: Path, prediction: Any) ->
     with TokenRows(model, {"<toy>": "cat"}, vectors=2) as rows:
         objective = Denoising(model, rows, method, task(tmp_path).subjects)
         always = objective.loss
-        objective.loss = lambda module, step: always(module, 0)  # the same pictures, noise and timesteps in every step
+        objective.loss = lambda batch: always(Batch(0))  # the same pictures, noise and timesteps in every step
         losses = train(objective, LoopConfig(max_train_steps=30, learning_rate=0.05, lr_scheduler="constant"), in_place=True, quiet=True)
     assert losses[-1] < 0.996 * losses[0] and sorted(losses, reverse=True)[:3] == losses[:3]
 
@@ -57,7 +57,7 @@ def test_the_loss_is_the_denoisers_error(tiny: Model, tmp_path: Path) -> None:
     subject = Subject("<toy>", "cat", (photo(tmp_path),), captions=("a <toy> on red",))
     with TokenRows(tiny, {"<toy>": "cat"}, seed=3) as rows:
         objective = Denoising(tiny, rows, method, (subject,))
-        value = objective.loss(rows, 5)[0].item()
+        value = objective.loss(Batch(5))[0].item()
         draw = seeded("textual inversion", 3, 5)
         torch.randperm(1, generator=draw)
         torch.randperm(1, generator=draw)
@@ -134,8 +134,8 @@ def test_masks_weigh_the_error(tiny: Model, tmp_path: Path) -> None:
 
 def test_pictures_are_spread() -> None:
     draw = seeded("test")
-    counts = torch.bincount(batch(3, 8, draw), minlength=3)
-    assert counts.sum() == 8 and counts.min() == 2 and counts.max() == 3 and len(set(batch(5, 4, draw).tolist())) == 4
+    counts = torch.bincount(evenly(3, 8, draw), minlength=3)
+    assert counts.sum() == 8 and counts.min() == 2 and counts.max() == 3 and len(set(evenly(5, 4, draw).tolist())) == 4
 
 
 def test_the_command_line_learns_from_a_folder(tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

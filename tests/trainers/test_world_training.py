@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 
 from toolkit.world.oracle import NONE
 from toolkit.world.scenes import QUADRANTS, Scene, load_world
+from trainers.loop import Batch
 from trainers.world.clip import CLIPObjective, encode_text, sibling, to_text_model
 from trainers.world.legs import next_leg
 from trainers.world.oracle import OracleObjective, draw, spoil
@@ -68,7 +69,7 @@ def test_crops_are_inside_the_image():
 @pytest.mark.parametrize("step", [0, 5])
 def test_the_autoencoder_learns_from_windows_and_from_whole_images(step):
     objective = VAEObjective(AutoencoderKL(**{**CONFIG, "block_out_channels": (16, 16, 16)}), leg=0, whole_from=5, batch_size=2)
-    loss, values = objective.loss(objective.module, step)
+    loss, values = objective.loss(Batch(step))
     loss.backward()
     assert loss.isfinite() and values["psnr"] > 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.module.parameters())
@@ -86,7 +87,7 @@ def test_spoilt_objects_count_as_none():
 
 def test_the_oracle_has_a_gradient_everywhere():
     objective = OracleObjective(batch_size=8)
-    objective.loss(objective.module, 0)[0].backward()
+    objective.loss(Batch(0))[0].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.module.parameters())
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolkit.concepts import CustomizeTask, Subject, Task
 from toolkit.errors import UserError
@@ -18,7 +18,7 @@ from toolkit.method import Method, Score, option
 from toolkit.prompt_search import TokenRows
 from toolkit.runs import seeded
 from toolkit.world.scenes import ASSETS
-from trainers.loop import LoopConfig, Objective, train
+from trainers.loop import Batch, LoopConfig, Objective, train
 from trainers.photos import load_masks, load_photos, to_latents
 from trainers.timesteps import timesteps
 
@@ -124,15 +124,17 @@ class Denoising(Objective):
         self.latents = to_latents(model.arch, load_photos(paths, model.arch.image_size))
         self.weights = torch.cat([weights(subject, model.arch.image_size, self.latents) for subject in subjects])
 
-    def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        draw = seeded("textual inversion", self.method.seed, step)
-        chosen = batch(len(self.latents), self.method.train_batch_size, draw)
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        draw, own = seeded("textual inversion", self.method.seed, batch.step), list(batch.places(self.method.train_batch_size))
+        count = batch.parts * len(own)  # everything is drawn for the whole step, of which this is a part
+        chosen = evenly(len(self.latents), count, draw)
         prompts = [self.captions[i][int(torch.randint(len(self.captions[i]), (), generator=draw))] for i in chosen]
+        noise = torch.randn((count, *self.latents.shape[1:]), generator=draw)[own].to(self.latents)
+        t = timesteps(self.method.timestep_sampling, count, self.arch.train_timesteps, draw)[own].to(self.latents.device)
+        chosen, prompts = chosen[own], [prompts[i] for i in own]
         z = self.latents[chosen]
-        noise = torch.randn(z.shape, generator=draw).to(z)
-        t = timesteps(self.method.timestep_sampling, len(z), self.arch.train_timesteps, draw).to(z.device)
         distinct = list(dict.fromkeys(prompts))
-        text = module(distinct)[torch.tensor([distinct.index(prompt) for prompt in prompts])]
+        text = self.module(distinct)[torch.tensor([distinct.index(prompt) for prompt in prompts])]
         output = self.arch.predict(self.arch.add_noise(z, noise, t), t, text)
         error = (output - self.arch.target(z, noise, t)).square()
         return (self.weights[chosen] * error).mean(), {}
@@ -154,7 +156,7 @@ def weights(subject: Subject, size: int, latents: Tensor) -> Tensor:
     return (masks / masks.mean((1, 2, 3), keepdim=True)).to(latents.device)
 
 
-def batch(count: int, size: int, generator: torch.Generator) -> Tensor:
+def evenly(count: int, size: int, generator: torch.Generator) -> Tensor:
     """`size` of `count` numbers, each as often as the others up to one."""
     rounds = [torch.randperm(count, generator=generator) for _ in range(math.ceil(size / count))]
     return torch.cat(rounds)[:size]

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from toolkit.runs import TrainingRun
 from toolkit.world.captions import caption
 from toolkit.world.scenes import BACKGROUNDS, Scene, World, allowed, load_world, pick
-from trainers.loop import LoopConfig, Objective, train
+from trainers.loop import Batch, LoopConfig, Objective, train
 from trainers.world.legs import next_leg
 from trainers.world.tokenizer import build_tokenizer
 from trainers.world.vae import to_pixels, training_scene
@@ -99,10 +100,10 @@ class CLIPObjective(Objective):
             parts.append(encode_text(self.module, padded["input_ids"].to(device)))
         return torch.cat(parts)[torch.tensor(order, device=device).argsort()]
 
-    def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         clip = self.module
         device = clip.logit_scale.device
-        pixels, captions = self.batch(np.random.default_rng([4, self.seed, step]))
+        pixels, captions = self.batch(np.random.default_rng([4, self.seed, batch.number]))
         image = F.normalize(clip.encode_image(pixels.to(device)).float(), dim=-1)
         text = F.normalize(self.encode_captions(captions, device).float(), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
@@ -167,9 +168,8 @@ def train_clip(work: Path, name: str, steps: int, seed: int) -> tuple[Any, CLIPT
             lr_warmup_steps=60,
             weight_decay=0.05,
             mixed_precision="auto",
-            checkpointing_steps=200,
         )
-        train(objective, config, run_folder, title=name)
+        train(objective, config, TrainingRun(run_folder, 200), title=name)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(folder)
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": clip_config(len(tokenizer))}, indent=1))

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from toolkit.runs import TrainingRun
 from toolkit.world.oracle import NONE, Oracle, windows
 from toolkit.world.scenes import PLACES, Scene, World, blank, load_world, paste, pick, random_scene
-from trainers.loop import LoopConfig, Objective, train
+from trainers.loop import Batch, LoopConfig, Objective, train
 from trainers.world.legs import next_leg
 from trainers.world.vae import to_pixels
 
@@ -95,8 +96,8 @@ class OracleObjective(Objective):
         drawn = [draw(self.world, scene, rng) for scene in scenes]
         return blemish(to_pixels(np.stack([image for image, _ in drawn]))), scenes, [truth for _, truth in drawn]
 
-    def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = np.random.default_rng([5, self.leg, step])
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([5, self.leg, batch.number])
         device = self.module.object_head.weight.device
         pixels, scenes, truths = self.batch(rng)
         rows, names, styles = [], [], []
@@ -138,8 +139,7 @@ def run(work: Path, steps: int | None) -> None:
             weight_decay=0.02,
             ema_decay=0.0,
             mixed_precision="auto",
-            checkpointing_steps=400,
         )
-        train(objective, config, folder, title="oracle")
+        train(objective, config, TrainingRun(folder, 400), title="oracle")
         state = {key: value.half() if value.is_floating_point() else value for key, value in objective.module.state_dict().items()}
         save_file(state, final)

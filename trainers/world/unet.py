@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from toolkit.runs import computes_in_bf16
+from toolkit.runs import TrainingRun, computes_in_bf16
 from toolkit.world.scenes import load_world
-from trainers.loop import LoopConfig, Objective, train
+from trainers.loop import Batch, LoopConfig, Objective, train
 from trainers.muon import Muon
 from trainers.timesteps import stratified
 from trainers.world.clip import CONTEXT, WIDTH
@@ -104,8 +104,8 @@ class UNetObjective(Objective):
         """1000 u^0.6 [count], u stratified over the batch: more noisy ones than others."""
         return (1000 * stratified(count) ** 0.6).long().clamp(max=999)
 
-    def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        per_epoch = POOL // self.batch_size
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        step, per_epoch = batch.number, POOL // self.batch_size
         pool, epoch = step // (per_epoch * EPOCHS), step // per_epoch
         if pool != self.pool:
             self.fill(pool)
@@ -116,7 +116,7 @@ class UNetObjective(Objective):
         noise = torch.randn_like(x0)
         t = self.timesteps(len(rows)).to(x0.device)
         noisy = self.noise.add_noise(x0, noise, t)
-        output = module(noisy, t, hidden).sample
+        output = self.module(noisy, t, hidden).sample
         errors = (output.float() - self.noise.get_velocity(x0, noise, t)).square()
         return (errors * weights).mean(), {"v_mse": errors.mean().item()}
 
@@ -140,8 +140,7 @@ def run(work: Path, steps: int | None) -> None:
             weight_decay=0.01,
             ema_decay=0.999,
             mixed_precision="auto",
-            checkpointing_steps=250,
             seed=leg,
         )
-        train(UNetObjective(unet, work, leg), config, folder, title="unet")
+        train(UNetObjective(unet, work, leg), config, TrainingRun(folder, 250), title="unet")
         unet.eval().save_pretrained(final)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
+from toolkit.runs import TrainingRun
 from toolkit.world.captions import caption
 from toolkit.world.scenes import PLACES, SIZE, Scene, World, load_world, random_scene
-from trainers.loop import LoopConfig, Objective, train
+from trainers.loop import Batch, LoopConfig, Objective, train
 from trainers.world.legs import next_leg
 
 CONFIG = {
@@ -76,10 +77,10 @@ class VAEObjective(Objective):
         self.module: AutoencoderKL = vae.train()
         self.world, self.leg, self.whole_from, self.batch_size = load_world(), leg, whole_from, batch_size
 
-    def loss(self, module: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        device = next(module.parameters()).device
-        rng = np.random.default_rng([1, self.leg, step])
-        pixels = crop_batch(self.world, rng) if step < self.whole_from else render_batch(self.world, rng, self.batch_size)[0]
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        device = next(self.module.parameters()).device
+        rng = np.random.default_rng([1, self.leg, batch.number])
+        pixels = crop_batch(self.world, rng) if batch.number < self.whole_from else render_batch(self.world, rng, self.batch_size)[0]
         pixels = pixels.to(device)
         vae: Any = self.module  # diffusers' annotations do not know its outputs
         posterior = vae.encode(pixels).latent_dist
@@ -109,11 +110,10 @@ def run(work: Path, steps: int | None) -> None:
             weight_decay=0.0,
             ema_decay=0.999,
             mixed_precision="auto",
-            checkpointing_steps=250,
             seed=leg,
         )
         objective = VAEObjective(vae, leg, whole_from=total * 4 // 5)
-        train(objective, config, folder, title="vae")
+        train(objective, config, TrainingRun(folder, 250), title="vae")
         (vae.eval() if keep_latents else finish(vae)).save_pretrained(final)
 
 
