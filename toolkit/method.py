@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from toolkit.concepts import Task
     from toolkit.edits.base import Edit
     from toolkit.model import Model
+    from toolkit.runs import TrainingRun
 
 __all__ = ["Method", "Score", "option"]
 
@@ -51,3 +52,11 @@ class Method(Configured, ABC):
     @abstractmethod
     def example_task(cls, model: Model) -> Task:
         """A task small enough for a test on a tiny random instance of the model's architecture."""
+
+
+class TrainedMethod(Method):
+    """A method that takes gradient steps."""
+
+    @abstractmethod
+    def fit(self, model: Model, task: Task, *, score: Score | None = None, run: TrainingRun | None = None) -> Edit:
+        """Fit an edit, see `Method.fit`. run: what is to be left behind meanwhile; None is nothing."""

@@ -105,21 +105,110 @@ def sample(
     model's own. progress: called with (image steps done, in total) after every step. amp: bfloat16 autocast around the
     denoiser and the decoder.
     """
+    height, width = _height_and_width(model, size)
+    parts = []
+    for state in _denoised(model, prompts, seeds, steps, steps, guidance, negative, hooks, batch_size, (height, width), progress, amp):
+        with _autocast(state, amp):
+            pixels = model.arch.decode_latents(state.latents)
+        parts.append((pixels.float() / 2 + 0.5).clamp(0, 1).cpu())
+    return torch.cat(parts) if parts else torch.zeros(0, 3, height, width)
+
+
+@torch.no_grad()
+def trajectory(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float | None = None,
+    hooks: Sequence[Hook] = (),
+    progress: Callable[[int, int], object] | None = None,
+) -> Tensor:
+    """Latents [n, c, h', w'] of the images that `sample` gives with these options, not decoded: for what hooks see on the way."""
+    shape = _height_and_width(model, None)
+    states = _denoised(model, prompts, seeds, steps, steps, guidance, "", hooks, None, shape, progress, False)
+    return torch.cat([state.latents for state in states])
+
+
+@torch.no_grad()
+def partly_denoised(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    done: Sequence[int],
+    *,
+    steps: int = 50,
+    guidance: float | None = None,
+    batch_size: int | None = None,
+    amp: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Latents [n, c, h', w'] float32 that have made so many of `steps` steps, and the timesteps [n] at which they are to be read.
+
+    done: of each prompt with its seed, from 0 (noise) to steps - 1. All are sampled together, as far as the furthest of a batch
+    goes. Other options as in `sample`.
+    """
+    if not prompts or min(done) < 0 or max(done) >= steps:
+        raise ValueError(f"steps done are {list(done)}, need one from 0 to {steps - 1} for each prompt")
+    shape = _height_and_width(model, None)
+    reached = _Reached(done)
+    for _ in _denoised(model, prompts, seeds, steps, max(done), guidance, "", [reached], batch_size, shape, None, amp):
+        pass
+    times = model.arch.scheduler(steps, model.arch.latent_shape(*shape)).timesteps
+    return torch.stack([reached.latents[row] for row in range(len(prompts))]), times[torch.tensor(done, device=times.device)]
+
+
+class _Reached(Hook):
+    """Keeps the latents of each image when it has made so many steps."""
+
+    def __init__(self, done: Sequence[int]) -> None:
+        self.done, self.latents, self.first, self.count = done, dict[int, Tensor](), 0, 0
+
+    def on_prompt(self, state: State) -> None:
+        self.first, self.count = self.first + self.count, len(state.prompts)
+        self._keep(state, 0)
+
+    def on_step(self, state: State) -> None:
+        self._keep(state, state.step + 1)
+
+    def _keep(self, state: State, done: int) -> None:
+        for row in range(self.count):
+            if self.done[self.first + row] == done:
+                self.latents[self.first + row] = state.latents[row].clone()
+
+
+def _height_and_width(model: Model, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size or (model.arch.image_size, model.arch.image_size)
+
+
+def _denoised(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    until: int,
+    guidance: float | None,
+    negative: str,
+    hooks: Sequence[Hook],
+    batch_size: int | None,
+    size: tuple[int, int],
+    progress: Callable[[int, int], object] | None,
+    amp: bool,
+) -> Iterator[State]:
+    """Batch by batch, after `until` of the steps."""
     if len(prompts) != len(seeds):
         raise UserError(f"{len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt")
-    arch = model.arch
-    height, width = (size, size) if isinstance(size, int) else size or (arch.image_size, arch.image_size)
     if not prompts:
-        return torch.zeros(0, 3, height, width)
-    batch_size = batch_size or max(1, min(64, 2**20 // (height * width)))
+        return
+    arch = model.arch
+    batch_size = batch_size or max(1, min(64, 2**20 // (size[0] * size[1])))
     guidance = model.guidance if guidance is None else guidance
     if arch.distilled_guidance and negative:
         raise UserError(f"negative prompt {negative!r} for {arch.name}, which is guided without a second prediction; leave it out")
     guided = guidance != 1.0 and not arch.distilled_guidance
-    shape = arch.latent_shape(height, width)
+    shape = arch.latent_shape(*size)
     rows, text = _encode_once(model, prompts, batch_size)
     opposite = arch.encode_negative([negative]) if guided else None
-    parts = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         count = len(prompts[part])
@@ -139,15 +228,12 @@ def sample(
         for hook in hooks:
             hook.on_prompt(state)
         with _attention_hooks(state, hooks):
-            for step, t in enumerate(scheduler.timesteps):
+            for step, t in enumerate(scheduler.timesteps[:until]):
                 state.step, state.t = step, t
                 _advance(state, scheduler, hooks, amp)
                 if progress:
-                    progress(start * steps + (step + 1) * count, len(prompts) * steps)
-        with _autocast(state, amp):
-            pixels = arch.decode_latents(state.latents)
-        parts.append((pixels.float() / 2 + 0.5).clamp(0, 1).cpu())
-    return torch.cat(parts)
+                    progress(start * until + (step + 1) * count, len(prompts) * until)
+        yield state
 
 
 def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:

@@ -47,6 +47,7 @@ class LoopConfig:
 
     max_train_steps: int
     learning_rate: float = 1e-3
+    optimizer: Literal["adamw", "adamw_8bit", "prodigy"] = "adamw"
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 0
     weight_decay: float = 0.01
@@ -82,8 +83,9 @@ class Objective(ABC):
     module: nn.Module  # everything trainable, and nothing else that should be saved
 
     def optimizer(self, parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
-        """AdamW, unless a method's paper says otherwise."""
-        return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+        """The one that the options name, unless a method's paper says otherwise."""
+        make = {"adamw": torch.optim.AdamW, "adamw_8bit": _adamw_8bit, "prodigy": _prodigy}[config.optimizer]
+        return make(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -255,6 +257,22 @@ class _Training:
             self.ema.load_state_dict(state["ema"])
         self.objective.load_state(state["objective"])
         return int(json.loads((found[-1] / "step.json").read_text())["step"])
+
+
+def _adamw_8bit(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("optimizer adamw_8bit needs bitsandbytes, which is not installed; pip install 'palimpsest[optimizers]'") from None
+    return AdamW8bit(parameters, **options)
+
+
+def _prodigy(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    try:
+        from prodigyopt import Prodigy  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("optimizer prodigy needs prodigyopt, which is not installed; pip install 'palimpsest[optimizers]'") from None
+    return Prodigy(parameters, **options)
 
 
 def _checkpoints(folder: Path | None) -> Sequence[Path]:

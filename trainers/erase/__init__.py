@@ -1,0 +1,1 @@
+"""Erasing by gradient steps."""

@@ -1,0 +1,38 @@
+"""The prompts of a task that erases, for methods that train on them."""
+
+from __future__ import annotations
+
+import warnings
+
+from toolkit.concepts import EraseTask, Task
+from toolkit.errors import UserError
+
+
+def erase_task(task: Task, preserve_weight: float = 1.0) -> EraseTask:
+    """The task, which must be one to erase. Preserved prompts without weight are warned of, and weight without any is a UserError."""
+    if not isinstance(task, EraseTask):
+        raise UserError(f"given a {type(task).__name__}, needs an EraseTask; this method erases concepts")
+    if task.preserve and not preserve_weight:
+        warnings.warn("preserve_weight is 0, so what the task preserves has no effect; set it to keep that", stacklevel=2)
+    if preserve_weight and not task.preserve:
+        raise UserError(f"preserve_weight is {preserve_weight}, and nothing is preserved; name what to preserve, or set it to 0")
+    return task
+
+
+def concept_prompts(task: EraseTask) -> list[tuple[str, str]]:
+    """(prompt, base) for every template around every word of every concept: the base has the anchor in the word's place, "" without one.
+
+    Words and templates of the concepts take turns, so that the first prompts have some of each.
+    """
+    each = []
+    for concept in task.concepts:
+        templates = task.templates or concept.templates
+        each.append(
+            [
+                (template.format(word), template.format(concept.anchor) if concept.anchor else "")
+                for template in templates
+                for word in concept.words
+            ]
+        )
+    longest = max(map(len, each))
+    return list(dict.fromkeys(pairs[i % len(pairs)] for i in range(longest) for pairs in each))

@@ -1,0 +1,127 @@
+"""A method that takes gradient steps: its objective, run by the loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from toolkit.errors import UserError
+from toolkit.images import grid, save_png
+from toolkit.method import Score, TrainedMethod, option
+from toolkit.runs import TrainingRun
+from toolkit.sample import generate
+from trainers.loop import LoopConfig, Objective, train
+
+if TYPE_CHECKING:
+    from toolkit.concepts import Task
+    from toolkit.edits.base import Edit, EditInfo
+    from toolkit.model import Model
+
+COUNTS = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+SAMPLE_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Trained(TrainedMethod, ABC):
+    """Base of the methods that train; its options are theirs, with defaults of their own."""
+
+    max_train_steps: int = option(500, "optimizer steps")
+    train_batch_size: int = option(1, "samples that are computed at once")
+    gradient_accumulation_steps: int = option(1, "such batches in a step, one after the other")
+    learning_rate: float = option(1e-5, "step size")
+    optimizer: Literal["adamw", "adamw_8bit", "prodigy"] = option("adamw", "adamw, adamw_8bit (bitsandbytes), or prodigy (prodigyopt)")
+    weight_decay: float = option(0.01, "of the optimizer")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option("constant", "how the step size changes")
+    lr_warmup_steps: int = option(0, "steps in which it grows from 0; needs another lr_scheduler than constant")
+    max_grad_norm: float = option(1.0, "largest norm of the gradient; inf: any")
+    ema_decay: float = option(0.0, "of the moving average of what is trained, which the edit then holds; 0: none")
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = option("no", "auto: as accelerate was told, else bf16 where hardware has it")
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, more time")
+    seed: int = option(0, "of everything that is drawn")
+
+    training_free: ClassVar = False
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, needs at least 1; give a larger number")
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise UserError("lr_warmup_steps has no effect with lr_scheduler constant; give constant_with_warmup")
+
+    @contextmanager
+    @abstractmethod
+    def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
+        """Within the block what is trained acts in the model. Gives the objective, and what makes the edit of its module."""
+
+    def fit(self, model: Model, task: Task, *, score: Score | None = None, run: TrainingRun | None = None) -> Edit:
+        """Train. There are no candidates to choose among, so `score` is not called."""
+        half = model.arch.dtype in (torch.float16, torch.bfloat16)
+        if half and self.mixed_precision == "no":
+            raise UserError(f"the model is in {str(model.arch.dtype).removeprefix('torch.')}; set mixed_precision, or load it in float32")
+        began, triggers = time.perf_counter(), [subject.token for subject in getattr(task, "subjects", ())]
+        with self.objective(model, task) as (objective, edit), _checkpointing(model, self.gradient_checkpointing):
+            draw = _Samples(model, run) if run and run.sample_steps else None
+            losses = train(objective, self.loop(), run, title=self.name(), after=draw, in_place=True, quiet=True)
+            notes = {"seconds": round(time.perf_counter() - began, 3), "steps": self.max_train_steps, "loss": summary(losses)}
+            return edit(model.info(self, triggers, notes))
+
+    def loop(self) -> LoopConfig:
+        """The options of the loop."""
+        return LoopConfig(
+            max_train_steps=self.max_train_steps,
+            learning_rate=self.learning_rate,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            lr_warmup_steps=self.lr_warmup_steps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            betas=(0.9, 0.999),
+            ema_decay=self.ema_decay,
+            mixed_precision=self.mixed_precision,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            seed=self.seed,
+        )
+
+
+def summary(losses: Sequence[float]) -> dict[str, float]:
+    """The mean loss of the first and of the last tenth of the steps; none of a run that had no step left."""
+    tenth = math.ceil(len(losses) / 10)
+    return {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth} if losses else {}
+
+
+class _Samples:
+    """Draws a run's prompts as the model is by then, always from the same noise."""
+
+    def __init__(self, model: Model, run: TrainingRun) -> None:
+        self.model, self.run = model, run
+
+    def __call__(self, step: int) -> None:
+        if step % self.run.sample_steps == 0 and self.run.folder:
+            prompts = self.run.sample_prompts
+            images = generate(self.model, prompts, [0] * len(prompts), steps=SAMPLE_STEPS)
+            folder = self.run.folder / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_png(grid(images, columns=min(len(images), 8)), folder / f"{step:06d}.png")
+
+
+@contextmanager
+def _checkpointing(model: Model, on: bool) -> Iterator[None]:
+    """Gradient checkpointing of the denoiser within the block."""
+    denoiser: Any = model.arch.components()["denoiser"]
+    if not on:
+        yield
+        return
+    denoiser.enable_gradient_checkpointing()
+    denoiser.train()  # diffusers computes again in training mode only; its denoisers have no dropout unless configured
+    try:
+        yield
+    finally:
+        denoiser.disable_gradient_checkpointing()
+        denoiser.eval()

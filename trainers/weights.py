@@ -1,0 +1,133 @@
+"""What training changes: parameters as they are, or low-rank factors beside layers, in the model within a `with` block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolkit.edits.delta import Delta
+from toolkit.edits.low_rank import LowRank
+from toolkit.runs import seeded
+
+if TYPE_CHECKING:
+    from toolkit.edits.base import Edit, EditInfo
+    from toolkit.model import Model
+
+
+class Trainable(nn.Module, ABC):
+    """Parameters that act in a model within a `with` block.
+
+        with weights:
+            loss = ...(model)           # differentiable with respect to weights.parameters()
+            with weights.off():         # the model as it was
+                ...
+        edit = weights.edit(info)
+
+    After the block, also after an exception, the model's modules and parameters are the objects that were there before.
+    """
+
+    @abstractmethod
+    def enter(self) -> None:
+        """Act."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Act no longer."""
+
+    @abstractmethod
+    def edit(self, info: EditInfo) -> Edit:
+        """The change as it is now."""
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within the block the model is as it was."""
+        self.leave()
+        try:
+            yield
+        finally:
+            self.enter()
+
+    def __enter__(self) -> Self:
+        self.enter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.leave()
+
+
+class FullWeights(Trainable):
+    """Copies of named parameters, which take their place. The model's own stay as they are and cost no copy of the model.
+
+    names: as in `Architecture.parameter`, e.g. "denoiser....to_k.weight". The copies are float32.
+    """
+
+    def __init__(self, model: Model, names: Sequence[str]) -> None:
+        super().__init__()
+        self._own = {name: model.arch.parameter(name) for name in names}
+        self.copies = nn.ParameterList(nn.Parameter(own.detach().float().clone()) for own in self._own.values())
+        self._owners = {name: _owner(model, name) for name in names}
+
+    def enter(self) -> None:
+        self._put(self.copies)
+
+    def leave(self) -> None:
+        self._put(self._own.values())
+
+    def edit(self, info: EditInfo) -> Delta:
+        changes = {name: copy.detach() - own.float() for (name, own), copy in zip(self._own.items(), self.copies, strict=True)}
+        return Delta.from_deltas(changes, info)
+
+    def _put(self, parameters: Any) -> None:
+        for (owner, name), parameter in zip(self._owners.values(), parameters, strict=True):
+            owner._parameters[name] = parameter
+
+
+class LoraWeights(Trainable):
+    """W -> W + (alpha / rank) up down for each linear layer (LoRA, Hu et al., arXiv 2106.09685).
+
+    linears: site -> layer. alpha: None is the rank. down starts normal with deviation 1 / rank and up at zero, as in diffusers'
+    training scripts. A hook on each layer adds what the factors give, so that the layer's name and weight stay as they are.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear], rank: int, *, alpha: float | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self._linears, self.scale = dict(linears), (rank if alpha is None else alpha) / rank
+        place = {site: linear.weight.device for site, linear in linears.items()}
+        starts = {
+            site: torch.randn(rank, linear.in_features, generator=seeded("lora", seed, site)) / rank for site, linear in linears.items()
+        }
+        self.down = nn.ParameterList(nn.Parameter(start.to(place[site])) for site, start in starts.items())
+        self.up = nn.ParameterList(nn.Parameter(torch.zeros(lin.out_features, rank, device=place[site])) for site, lin in linears.items())
+        self._handles: list[Any] = []
+
+    def enter(self) -> None:
+        for linear, down, up in zip(self._linears.values(), self.down, self.up, strict=True):
+            self._handles.append(linear.register_forward_hook(partial(_add, self.scale, down, up)))
+
+    def leave(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def edit(self, info: EditInfo) -> LowRank:
+        factors = zip(self._linears, self.down, self.up, strict=True)
+        return LowRank.from_factors({site: (self.scale * up.detach(), down.detach()) for site, down, up in factors}, info)
+
+
+def _add(scale: float, down: Tensor, up: Tensor, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A layer's output with that of its factors."""
+    return output + scale * F.linear(F.linear(given[0].to(down.dtype), down), up).to(output.dtype)
+
+
+def _owner(model: Model, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and what the parameter is called there."""
+    component, _, path = name.partition(".")
+    owner, _, own = path.rpartition(".")
+    return model.arch.components()[component].get_submodule(owner), own
