@@ -116,6 +116,8 @@ def described(section: Section) -> list[str]:
     said = []
     if section.templates:
         said.append(f"The methods put every object, erased and preserved, into {section.templates} contexts.")
+    if section.nothing:
+        said.append(f"Their option nothing is {section.nothing}.")
     if section.preserve_times != 1:
         said.append(f"Their options that end in preserve_scale are {section.preserve_times:g} times those given below.")
     return [" ".join(said)] if said else []

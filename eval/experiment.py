@@ -21,7 +21,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Section(Configured):
     together: bool = option(False, "erase all in one task, rather than each alone")
     synonyms: bool = option(True, "give the methods the synonyms that they may be given")
     templates: int = option(0, "prompt templates that objects, erased and preserved, are put into; 0: the methods' own")
+    nothing: str = option("", "where concepts without an anchor go, of the methods that can choose; empty: as their options say")
     preserve_times: float = option(1.0, "times that the methods' preserve scales count, for several concepts in one task")
     ask: tuple[str, ...] = option((), "what is drawn, by label; empty: everything but beside for objects, all else")
     methods: tuple[str, ...] = option((), "labels of the methods; empty: all that can do it")
@@ -129,8 +130,13 @@ class Experiment:
     def method(self, label: str, section: Section) -> Method:
         """The method of this label as it is measured on a section."""
         method = self.methods[label]
-        scales = {key: value * section.preserve_times for key, value in method.config().items() if key.endswith("preserve_scale")}
-        return replace(method, **scales) if section.preserve_times != 1 else method
+        options = method.config()
+        told: dict[str, Any] = {}
+        if section.preserve_times != 1:
+            told |= {key: value * section.preserve_times for key, value in options.items() if key.endswith("preserve_scale")}
+        if section.nothing and "nothing" in options:
+            told["nothing"] = section.nothing
+        return method.from_config({**options, **told}) if told else method
 
 
 def read(path: str | Path) -> Experiment:

@@ -155,6 +155,6 @@ def test_a_section_says_what_its_methods_are_told(world: World) -> None:
     one, *_, twenty = read(FILES / "closed-form.toml").sections
     assert described(one) == []
     assert described(twenty) == [
-        "The methods put every object, erased and preserved, into 40 contexts. "
+        "The methods put every object, erased and preserved, into 40 contexts. Their option nothing is template. "
         "Their options that end in preserve_scale are 20 times those given below."
     ]

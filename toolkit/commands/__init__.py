@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from toolkit.edits.base import Edit
     from toolkit.method import Method
     from toolkit.model import Model
+    from toolkit.runs import TrainingRun
 
 MODEL_HELP = "diffusers folder, .safetensors checkpoint, hub id, or emoji-sd (default)"
 
@@ -38,6 +39,12 @@ def add_fit_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="K=V", help="options of the method")
     parser.add_argument("--export", metavar="FORMAT", help="also write the edit in this format, see: palimpsest export --help")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
+    training = parser.add_argument_group("for methods that train", "The same command goes on from the newest checkpoint in DIR.")
+    training.add_argument("--checkpointing-steps", type=int, default=0, metavar="K", help="write a checkpoint every K steps")
+    training.add_argument("--checkpoints-total-limit", type=int, default=1, metavar="N", help="how many are kept (default %(default)s)")
+    training.add_argument("--sample-steps", type=int, default=0, metavar="K", help="draw the sample prompts every K steps")
+    training.add_argument("--sample-prompts", nargs="+", action="extend", default=[], metavar="P", help="see --sample-steps")
+    training.add_argument("--log-with", nargs="+", default=[], metavar="TRACKER", help="tensorboard, wandb or trackio")
 
 
 def open_model(args: Namespace, *, lazily: bool = False) -> Model:
@@ -138,12 +145,37 @@ def check_format(name: str) -> None:
 
 def fit_and_save(args: Namespace, method: Method, task: Task, out: Path) -> dict[str, Any]:
     """Fit the method to the model and write what it gives, as `save_fitted` does."""
+    from toolkit.method import TrainedMethod
     from toolkit.runs import timed
 
+    run = training_run(args, method, out)
     model = open_for(args, method)
     with timed() as cost:
-        edit = method.fit(model, task)
+        edit = method.fit(model, task, run=run) if isinstance(method, TrainedMethod) else method.fit(model, task)
     return save_fitted(args, method, model, edit, out, dataclasses.asdict(task), dataclasses.asdict(cost))
+
+
+def training_run(args: Namespace, method: Method, out: Path) -> TrainingRun:
+    """What is to be left behind while a method trains. An option that would be ignored is a UserError."""
+    from toolkit.method import TrainedMethod
+    from toolkit.runs import TrainingRun
+
+    given = {"checkpointing-steps": args.checkpointing_steps, "sample-steps": args.sample_steps, "log-with": args.log_with}
+    if not isinstance(method, TrainedMethod):
+        for option, value in given.items():
+            if value:
+                raise UserError(f"--{option} is for methods that train, and {args.method} does not; leave it out")
+    for option, value in {**given, "checkpoints-total-limit": args.checkpoints_total_limit - 1}.items():
+        if isinstance(value, int) and value < 0:
+            raise UserError(f"--{option} is too small; give at least {1 if 'limit' in option else 0}")
+    return TrainingRun(
+        out,
+        args.checkpointing_steps,
+        args.checkpoints_total_limit,
+        args.sample_steps,
+        tuple(args.sample_prompts),
+        tuple(args.log_with),
+    )
 
 
 def open_for(args: Namespace, method: Method) -> Model:
