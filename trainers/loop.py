@@ -112,23 +112,25 @@ def train(
     after: Callable[[int], None] | None = None,
     in_place: bool = False,
     quiet: bool = False,
+    of: str = "",
 ) -> list[float]:
     """Train until `max_train_steps`, resuming from the newest checkpoint of the run; returns the losses of the steps made here.
 
     With EMA the module ends with the averaged weights. after: called in the main process with the number of finished steps after
     each step. in_place: the module stays on the device it is on; else it moves to the GPU when there is one. quiet: show progress
-    on a terminal only. A loss that is not finite stops the run and leaves the last good checkpoint where it is. torch's
-    random state is set from the seed for each part of a step, and is afterwards as before.
+    on a terminal only. of: what is trained and on what; a checkpoint of something else is a UserError. A loss that is not finite
+    stops the run and leaves the last good checkpoint where it is. torch's random state is set from the seed for each part of a
+    step, and is afterwards as before.
     """
     with torch.random.fork_rng():
-        return _Training(objective, config, run or TrainingRun(), title, in_place).run(after, quiet)
+        return _Training(objective, config, run or TrainingRun(), title, in_place, of).run(after, quiet)
 
 
 class _Training:
     """One call of `train`."""
 
-    def __init__(self, objective: Objective, config: LoopConfig, run: TrainingRun, title: str, in_place: bool) -> None:
-        self.objective, self.config, self.out, self.title = objective, config, run, title
+    def __init__(self, objective: Objective, config: LoopConfig, run: TrainingRun, title: str, in_place: bool, of: str) -> None:
+        self.objective, self.config, self.out, self.title, self.of = objective, config, run, title, of
         for tracker in run.log_with:
             if tracker not in (known := [str(name.value) for name in get_available_trackers()]):
                 raise unknown("tracker that is installed", tracker, known)
@@ -237,7 +239,7 @@ class _Training:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             torch.save(self._state(), part / "state.pt")
-            (part / "step.json").write_text(json.dumps({"step": step, "time": time.time()}))
+            (part / "step.json").write_text(json.dumps({"step": step, "time": time.time(), "of": self.of}))
             os.replace(part, final)
             for old in _checkpoints(folder)[: -max(self.out.checkpoints_total_limit, 1)]:
                 shutil.rmtree(old)
@@ -248,6 +250,9 @@ class _Training:
         found = _checkpoints(self.out.folder)
         if not found:
             return 0
+        told: dict[str, Any] = json.loads((found[-1] / "step.json").read_text())
+        if told["of"] != self.of:
+            raise UserError(f"{found[-1]} is a checkpoint of another task, model or choice of options; remove it, or give another folder")
         state = torch.load(found[-1] / "state.pt", map_location=self.parameters[0].device, weights_only=True)
         self.objective.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -256,7 +261,7 @@ class _Training:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.objective.load_state(state["objective"])
-        return int(json.loads((found[-1] / "step.json").read_text())["step"])
+        return int(told["step"])
 
 
 def _adamw_8bit(parameters: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:

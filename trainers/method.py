@@ -67,8 +67,8 @@ class Trained(TrainedMethod, ABC):
             raise UserError(f"the model is in {str(model.arch.dtype).removeprefix('torch.')}; set mixed_precision, or load it in float32")
         began, triggers = time.perf_counter(), [subject.token for subject in getattr(task, "subjects", ())]
         with self.objective(model, task) as (objective, edit), _checkpointing(model, self.gradient_checkpointing):
-            draw = _Samples(model, run) if run and run.sample_steps else None
-            losses = train(objective, self.loop(), run, title=self.name(), after=draw, in_place=True, quiet=True)
+            of, after = run_of(self, model, task), samples(model, run)
+            losses = train(objective, self.loop(), run, title=self.name(), after=after, in_place=True, quiet=True, of=of)
             notes = {"seconds": round(time.perf_counter() - began, 3), "steps": self.max_train_steps, "loss": summary(losses)}
             return edit(model.info(self, triggers, notes))
 
@@ -90,25 +90,31 @@ class Trained(TrainedMethod, ABC):
         )
 
 
+def run_of(method: TrainedMethod, model: Model, task: Task) -> str:
+    """What tells a run from others: all but its length."""
+    options = {key: value for key, value in method.config().items() if key != "max_train_steps"}
+    return repr((method.name(), options, model.info(method).on, model.fingerprint, task))
+
+
 def summary(losses: Sequence[float]) -> dict[str, float]:
     """The mean loss of the first and of the last tenth of the steps; none of a run that had no step left."""
     tenth = math.ceil(len(losses) / 10)
     return {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth} if losses else {}
 
 
-class _Samples:
-    """Draws a run's prompts as the model is by then, always from the same noise."""
+def samples(model: Model, run: TrainingRun | None) -> Callable[[int], None] | None:
+    """Draws a run's prompts as the model is by then, always from the same noise; for `after` of `train`."""
+    if run is None or run.folder is None or not run.sample_steps:
+        return None
+    folder, prompts, every = run.folder / "samples", run.sample_prompts, run.sample_steps
 
-    def __init__(self, model: Model, run: TrainingRun) -> None:
-        self.model, self.run = model, run
-
-    def __call__(self, step: int) -> None:
-        if step % self.run.sample_steps == 0 and self.run.folder:
-            prompts = self.run.sample_prompts
-            images = generate(self.model, prompts, [0] * len(prompts), steps=SAMPLE_STEPS)
-            folder = self.run.folder / "samples"
+    def draw(step: int) -> None:
+        if step % every == 0:
+            images = generate(model, prompts, [0] * len(prompts), steps=SAMPLE_STEPS)
             folder.mkdir(parents=True, exist_ok=True)
             save_png(grid(images, columns=min(len(images), 8)), folder / f"{step:06d}.png")
+
+    return draw
 
 
 @contextmanager

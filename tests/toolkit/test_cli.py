@@ -238,6 +238,8 @@ def test_mistakes_get_one_line(folder: str, tmp_path: Path, capsys: pytest.Captu
     assert "--n is 0, needs at least 1" in fails(capsys, "generate", "--model", folder, "--prompt", "a", "--n", 0, *out)
     assert "device 'nowhere' cannot be used" in fails(capsys, *erase, "--device", "nowhere")
     assert "leave it out" in fails(capsys, *erase, "--offload", "--device", "cpu")
+    assert "--sample-steps is for methods that train, and uce does not" in fails(capsys, *erase, "--sample-steps", 5)
+    assert "give both, or none" in fails(capsys, *erase[:3], "--method", "esd", *erase[5:], "--sample-steps", 5)
     assert "tiny-missing" in fails(capsys, "generate", "--model", tmp_path / "tiny-missing", "--prompt", "a", *out)
     assert not list(tmp_path.iterdir()), "a mistake writes nothing"
 

@@ -90,6 +90,8 @@ def test_an_interrupted_fit_gives_the_same_edit(model: Model, tmp_path: Path, mo
     monkeypatch.setattr(Steering, "loss", always)
     resumed = method.fit(model, TASK, run=run)
     assert all(torch.equal(resumed.delta(site), whole.delta(site)) for site in whole.sites())
+    with pytest.raises(UserError, match="is a checkpoint of another task, model or choice of options"):
+        method.fit(model, EraseTask((Concept("cow"),)), run=run)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["000003.png", "000006.png"]
 
 

@@ -39,6 +39,10 @@ def add_fit_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="K=V", help="options of the method")
     parser.add_argument("--export", metavar="FORMAT", help="also write the edit in this format, see: palimpsest export --help")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
+
+
+def add_training_arguments(parser: ArgumentParser) -> None:
+    """The options of a run of training, for `fit_and_save`."""
     training = parser.add_argument_group("for methods that train", "The same command goes on from the newest checkpoint in DIR.")
     training.add_argument("--checkpointing-steps", type=int, default=0, metavar="K", help="write a checkpoint every K steps")
     training.add_argument("--checkpoints-total-limit", type=int, default=1, metavar="N", help="how many are kept (default %(default)s)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from toolkit.commands import add_fit_arguments, fit_and_save, open_method
+from toolkit.commands import add_fit_arguments, add_training_arguments, fit_and_save, open_method
 from toolkit.concepts import CustomizeTask, Subject
 from toolkit.errors import UserError
 from toolkit.pictures import captions_of, masks_of, pictures
@@ -15,6 +15,7 @@ HELP = "fit an edit that teaches a model new subjects from pictures"
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_fit_arguments(parser)
+    add_training_arguments(parser)
     help_images = "a folder of pictures per subject; captions in its metadata.jsonl are used"
     parser.add_argument("--images", nargs="+", action="extend", required=True, metavar="DIR", help=help_images)
     parser.add_argument("--masks", nargs="+", action="extend", default=[], metavar="DIR", help="a folder of masks, named as the pictures")

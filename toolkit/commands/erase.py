@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from toolkit.commands import add_fit_arguments, fit_and_save, open_method, per_name
+from toolkit.commands import add_fit_arguments, add_training_arguments, fit_and_save, open_method, per_name
 from toolkit.concepts import Concept, EraseTask
 from toolkit.errors import UserError
 
@@ -16,6 +16,7 @@ TEMPLATE_HELP = "prompt templates with {} for the concept, or a .txt file with o
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_fit_arguments(parser)
+    add_training_arguments(parser)
     parser.add_argument("--concept", nargs="+", action="extend", required=True, metavar="C", help="what to erase")
     parser.add_argument("--synonyms", nargs="+", action="extend", default=[], metavar="S", help="other words: gun, or C=gun,revolver")
     parser.add_argument("--anchor", nargs="+", action="extend", default=[], metavar="A", help="what to draw instead: A, or C=A")

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from toolkit.concepts import CustomizeTask, Subject, Task
 from toolkit.errors import UserError
-from toolkit.method import Method, Score, option
+from toolkit.method import Score, TrainedMethod, option
 from toolkit.prompt_search import TokenRows
-from toolkit.runs import seeded
+from toolkit.runs import TrainingRun, seeded
 from toolkit.world.scenes import ASSETS
 from trainers.loop import Batch, LoopConfig, Objective, train
+from trainers.method import run_of, samples, summary
 from trainers.photos import load_masks, load_photos, to_latents
 from trainers.timesteps import timesteps
 
@@ -33,7 +34,7 @@ TEMPLATES = {
 
 
 @dataclass(frozen=True)
-class TextualInversion(Method):
+class TextualInversion(TrainedMethod):
     """An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion, Gal et al., arXiv 2208.01618.
 
     Equation
@@ -87,7 +88,7 @@ class TextualInversion(Method):
             if "{}" not in template:
                 raise UserError(f"template {template!r} has no place for the word; write {{}} where it goes")
 
-    def fit(self, model: Model, task: Task, *, score: Score | None = None) -> TokenEdit:
+    def fit(self, model: Model, task: Task, *, score: Score | None = None, run: TrainingRun | None = None) -> TokenEdit:
         """Train every subject's word together. There are no candidates to choose among, so `score` is not called."""
         if not isinstance(task, CustomizeTask):
             raise UserError(f"given a {type(task).__name__}, needs a CustomizeTask; textual inversion learns subjects")
@@ -104,8 +105,9 @@ class TextualInversion(Method):
         )
         began = time.perf_counter()
         with TokenRows(model, start, vectors=self.num_vectors, seed=self.seed) as rows:
-            losses = train(Denoising(model, rows, self, task.subjects), settings, title=self.name(), in_place=True, quiet=True)
-        notes = {"seconds": round(time.perf_counter() - began, 3), "steps": len(losses), "loss": summary(losses)}
+            objective, after, of = Denoising(model, rows, self, task.subjects), samples(model, run), run_of(self, model, task)
+            losses = train(objective, settings, run, title=self.name(), after=after, in_place=True, quiet=True, of=of)
+        notes = {"seconds": round(time.perf_counter() - began, 3), "steps": self.max_train_steps, "loss": summary(losses)}
         return rows.edit(model.info(self, tuple(start), notes))
 
     @classmethod
@@ -160,9 +162,3 @@ def evenly(count: int, size: int, generator: torch.Generator) -> Tensor:
     """`size` of `count` numbers, each as often as the others up to one."""
     rounds = [torch.randperm(count, generator=generator) for _ in range(math.ceil(size / count))]
     return torch.cat(rounds)[:size]
-
-
-def summary(losses: Sequence[float]) -> dict[str, float]:
-    """The mean loss of the first and of the last tenth of the steps."""
-    tenth = math.ceil(len(losses) / 10)
-    return {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
