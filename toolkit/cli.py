@@ -61,7 +61,8 @@ def _run(argv: Sequence[str]) -> int:
             if extra:
                 raise _unexpected(extra[0], subparser)
             result = command.run(args)
-            print(json.dumps(result, ensure_ascii=False, default=str) if args.json else render(result))
+            if result:  # empty in all but the main one of several processes
+                print(json.dumps(result, ensure_ascii=False, default=str) if args.json else render(result))
             return 0
     parser.parse_args(argv)
     parser.print_help()

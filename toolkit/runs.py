@@ -97,6 +97,11 @@ def computes_in_bf16(device: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints, of those that `accelerate launch` or torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """What a run of training leaves behind while it goes on.

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from tests.trainers.line import Samples, settings, weights
+from toolkit.arch.sd import SD
 from toolkit.errors import UserError
+from toolkit.io.files import load_edit
+from toolkit.model import Model
 from toolkit.runs import TrainingRun
 from trainers.loop import train
 
@@ -41,6 +44,21 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     assert first["weights"] == pytest.approx(weights(one), rel=1e-4)
     assert first["drawn"] != second["drawn"]
     assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-10"]
+
+
+def test_the_command_runs_in_two_processes(tmp_path: Path) -> None:
+    Model(SD.tiny()).save(tmp_path / "tiny")
+    described = ["-m", "toolkit", "erase", "--model", str(tmp_path / "tiny"), "--method", "esd", "--concept", "cat", "--json", "--set"]
+    described += ["trajectories=2", "sampling_steps=3", "max_train_steps=4", "learning_rate=0.001"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *described, "train_batch_size=1"]
+    for launched, name in ((two, "two"), ([*described, "train_batch_size=2"], "one")):
+        command = [sys.executable, *launched, "--out", str(tmp_path / name)]
+        done = subprocess.run(command, check=True, timeout=300, env=ENVIRONMENT, capture_output=True, text=True)
+        assert len([line for line in done.stdout.splitlines() if line.startswith("{")]) == 1
+    edits = [load_edit(tmp_path / name / "edit.safetensors") for name in ("one", "two")]
+    for site in edits[0].sites():
+        one, other = (edit.delta(site) for edit in edits)
+        assert (one - other).norm() <= 0.02 * one.norm() > 0  # Adam turns rounding of small gradients into steps
 
 
 def test_a_killed_run_goes_on_bit_exactly(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,8 @@ def open_model(args: Namespace, *, lazily: bool = False) -> Model:
 
     from toolkit.model import load_model
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process, when several were launched
+    device = args.device or (own if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -148,14 +150,16 @@ def check_format(name: str) -> None:
 
 
 def fit_and_save(args: Namespace, method: Method, task: Task, out: Path) -> dict[str, Any]:
-    """Fit the method to the model and write what it gives, as `save_fitted` does."""
+    """Fit the method to the model and write what it gives, as `save_fitted` does; of several processes the main one writes."""
     from toolkit.method import TrainedMethod
-    from toolkit.runs import timed
+    from toolkit.runs import is_main_process, timed
 
     run = training_run(args, method, out)
     model = open_for(args, method)
     with timed() as cost:
         edit = method.fit(model, task, run=run) if isinstance(method, TrainedMethod) else method.fit(model, task)
+    if not is_main_process():
+        return {}
     return save_fitted(args, method, model, edit, out, dataclasses.asdict(task), dataclasses.asdict(cost))
 
 
