@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from typing import Literal
 
-from toolkit.concepts import EraseTask, Task
+from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 
 
@@ -19,20 +20,21 @@ def erase_task(task: Task, preserve_weight: float = 1.0) -> EraseTask:
     return task
 
 
-def concept_prompts(task: EraseTask) -> list[tuple[str, str]]:
-    """(prompt, base) for every template around every word of every concept: the base has the anchor in the word's place, "" without one.
+def concept_prompts(task: EraseTask, *, without_anchor: Literal["nothing", "template"] = "nothing") -> list[tuple[str, str]]:
+    """(prompt, base) for every template around every word of every concept: the base has the anchor in the word's place.
 
+    without_anchor: what the base is for a concept that has none: "", or what is left of the template without a word.
     Words and templates of the concepts take turns, so that the first prompts have some of each.
     """
+
+    def base(template: str, concept: Concept) -> str:
+        if concept.anchor:
+            return template.format(concept.anchor)
+        return " ".join(template.format("").split()) if without_anchor == "template" else ""
+
     each = []
     for concept in task.concepts:
         templates = task.templates or concept.templates
-        each.append(
-            [
-                (template.format(word), template.format(concept.anchor) if concept.anchor else "")
-                for template in templates
-                for word in concept.words
-            ]
-        )
+        each.append([(template.format(word), base(template, concept)) for template in templates for word in concept.words])
     longest = max(map(len, each))
     return list(dict.fromkeys(pairs[i % len(pairs)] for i in range(longest) for pairs in each))
