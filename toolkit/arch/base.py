@@ -204,6 +204,11 @@ class Architecture(ABC):
         """
         return {}
 
+    def encoder_mlps_and_last_attention(self) -> list[str]:
+        """Names of the text encoders' parameters in the MLPs of every layer that is read, and in the self-attention of the last such
+        layer of each encoder. Default: none."""
+        return []
+
     @abstractmethod
     def lora_targets(self) -> dict[str, nn.Linear]:
         """Site -> linear layer, for the layers that low-rank training usually adapts (attention projections)."""

@@ -116,6 +116,13 @@ class SD(Encoders):
             if name.endswith(".self_attn")
         }
 
+    def encoder_mlps_and_last_attention(self) -> list[str]:
+        attentions = [name for name in self.encoder_readers() if name.endswith(".self_attn")]  # of the layers that are read
+        last = {name.partition(".")[0]: name for name in attentions}.values()
+        within = tuple(f"{module}." for module in (*last, *(name.replace(".self_attn", ".mlp") for name in attentions)))
+        names = [f"{part}.{name}" for part, encoder in self._encoders().items() for name, _ in encoder.named_parameters()]
+        return [name for name in names if name.startswith(within)]
+
     def lora_targets(self) -> dict[str, nn.Linear]:
         return self.denoiser_linears(*(f"{attention}.{linear}" for attention in ("attn1", "attn2") for linear in LORA_PROJECTIONS))
 

@@ -1,0 +1,149 @@
+"""Few-shot unlearning: the text encoder climbs the diffusion loss on a few pictures of the concept."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolkit.concepts import Concept, EraseTask, Task
+from toolkit.errors import UserError
+from toolkit.method import option
+from toolkit.pictures import pictures
+from toolkit.runs import progress, seeded
+from toolkit.sample import trajectory
+from trainers.erase.prompts import concept_prompts, erase_task
+from trainers.loop import Batch, LoopConfig, Objective
+from trainers.method import Trained
+from trainers.photos import load_photos, to_latents
+from trainers.weights import FullWeights
+
+if TYPE_CHECKING:
+    from toolkit.edits.base import Edit, EditInfo
+    from toolkit.model import Model
+
+BETAS, EPS = (0.9, 0.98), 1e-6  # of the optimizer
+DRAWING = ("n_images", "sampling_steps", "guidance")  # options of pictures that the model draws
+
+
+@dataclass(frozen=True)
+class FewShot(Trained):
+    """Erasing Concepts from Text-to-Image Diffusion Models with Few-shot Unlearning, Fuchi and Takagi, arXiv 2405.07288.
+
+    Equation
+        max_phi  E_{z, y, eps, t} || eps - e(z_t, t, c_phi(y)) ||^2,    z_t = alpha_t z + sigma_t eps,
+        with z the latent of one of a few pictures of the concept, y a template around a word of the concept, t uniform, e the frozen
+        denoiser, and c the text encoder, of which phi is the MLPs of every layer and the self-attention of the last. On a model that
+        predicts velocity the same is done in velocities. There is no anchor: the concept goes where the loss drives it. The loss has
+        no bound, so that the number of steps and their size decide how far. A loss that is not finite stops the run.
+
+    Shapes
+        z, eps: [batch, c, h', w'] scaled latents.
+
+    Defaults
+        10 steps of a batch of 2 are 5 rounds of 4 pictures, as in the official code, and so are the learning rate 1e-5, the weight
+        decay 1e-8, the optimizer's betas 0.9, 0.98 and eps 1e-6, and no limit of the gradient's norm. They are made for Stable
+        Diffusion 1. Where a concept is still there, give more steps or larger ones; where other things go too, fewer.
+
+    Deviations
+        Without `images` the model draws the pictures itself, as it is before training: the official code needs real ones, and where
+        it has none it takes uniform noise for latents. Latents are not decoded and encoded again on the way. AdamW takes the place of
+        Adam, which at this weight decay is the same. Templates are the task's or the concept's own and not the 27 (19 for styles) of
+        CLIP's, some of which ("cropped", "dirty") say what need not be true; every synonym is trained beside the name. The posterior's
+        mean is encoded, without the official code's flip of each picture: templates may name sides. Where a layer of the encoder is
+        read by nobody (the last of the first encoder of Stable Diffusion XL) it is left out, and "the last" is the last that is read;
+        the official code finds it by its number, 11, which is the last of Stable Diffusion 1 alone. Pictures come in turn, in
+        an order that is drawn anew each round, also where a round ends within a batch.
+    """
+
+    images: str | None = option(None, "folder of pictures of the concept; none: the model draws them")
+    n_images: int = option(4, "pictures that the model draws of each concept, without images")
+    sampling_steps: int = option(20, "steps of each of them")
+    guidance: float | None = option(None, "guidance scale of each of them; none is the model's own")
+    max_train_steps: int = option(10, "optimizer steps")
+    train_batch_size: int = option(2, "pictures that are computed at once")
+    learning_rate: float = option(1e-5, "step size")
+    weight_decay: float = option(1e-8, "of the optimizer")
+    max_grad_norm: float = option(math.inf, "largest norm of the gradient; inf: any")
+
+    kind: ClassVar = "erase"
+    architectures: ClassVar = ("sd", "sdxl")
+    paper: ClassVar = "arXiv:2405.07288"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.n_images, self.sampling_steps) < 1:
+            raise UserError(f"n_images is {self.n_images}, sampling_steps {self.sampling_steps}; give at least 1 of each")
+        given = [field.name for field in fields(self) if field.name in DRAWING and getattr(self, field.name) != field.default]
+        if self.images is not None and given:
+            raise UserError(f"{', '.join(given)} given beside images, with which nothing is drawn; leave out one of the two")
+
+    @contextmanager
+    def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
+        task = erase_task(task, None)
+        if anchors := [concept.anchor for concept in task.concepts if concept.anchor is not None]:
+            warnings.warn(f"this method takes no anchor, so anchor {anchors[0]!r} has no effect; leave it out", stacklevel=2)
+        ascent = Ascent(model, self, task)
+        with ascent.weights:
+            yield ascent, ascent.weights.edit
+
+    @classmethod
+    def example_task(cls, model: Model) -> EraseTask:
+        """Two objects."""
+        return EraseTask((Concept("cat"), Concept("bird")))
+
+
+class Ascent(Objective):
+    """The denoiser's error on pictures of the concepts, with its sign turned, as a function of the text encoder.
+
+    latents: [n, c, h', w'] of the pictures. prompts: for each of them, those that it may be trained with.
+    """
+
+    def __init__(self, model: Model, method: FewShot, task: EraseTask) -> None:
+        self.module = self.weights = FullWeights(model, model.arch.encoder_mlps_and_last_attention())
+        self.arch, self.method = model.arch, method
+        each = [[prompt for prompt, _ in concept_prompts(replace(task, concepts=(concept,)))] for concept in task.concepts]
+        if method.images is None:
+            self.prompts = [prompts for prompts in each for _ in range(method.n_images)]
+            self.latents = drawings(model, [prompts[i % len(prompts)] for prompts in each for i in range(method.n_images)], method)
+            return
+        if len(each) > 1:
+            raise UserError(f"images are of one concept, and the task has {len(each)}; erase one at a time, or give no images")
+        self.latents = to_latents(model.arch, load_photos(pictures(method.images), model.arch.image_size))
+        self.prompts = each * len(self.latents)
+
+    def optimizer(self, parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
+        made = super().optimizer(parameters, replace(config, betas=BETAS))
+        for group in made.param_groups:
+            group["eps"] = EPS
+        return made
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        own = batch.places(self.method.train_batch_size)
+        chosen = [self._in_turn(batch.step * batch.parts * len(own) + place) for place in own]
+        draws = [seeded("few_shot", self.method.seed, batch.step, place) for place in own]
+        prompts = [self.prompts[i][int(torch.randint(len(self.prompts[i]), (), generator=d))] for i, d in zip(chosen, draws, strict=True)]
+        t = torch.stack([torch.randint(self.arch.train_timesteps, (), generator=draw) for draw in draws]).to(self.latents.device)
+        noise = torch.stack([torch.randn(self.latents.shape[1:], generator=draw) for draw in draws]).to(self.latents)
+        z = self.latents[torch.tensor(chosen)]
+        output = self.arch.predict(self.arch.add_noise(z, noise, t), t, self.arch.encode(prompts, grad=True))
+        return -F.mse_loss(output, self.arch.target(z, noise, t)), {}
+
+    def _in_turn(self, number: int) -> int:
+        """The picture of the sample with this number, counted from the first of the first step."""
+        turn, place = divmod(number, len(self.latents))
+        return int(torch.randperm(len(self.latents), generator=seeded("few_shot round", self.method.seed, turn))[place])
+
+
+def drawings(model: Model, prompts: list[str], method: FewShot) -> Tensor:
+    """Latents of what the model draws of these prompts, each with a seed of its own."""
+    seeds = range(method.seed, method.seed + len(prompts))
+    with progress("pictures") as show:
+        return trajectory(model, prompts, seeds, steps=method.sampling_steps, guidance=method.guidance, progress=show)
