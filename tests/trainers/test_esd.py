@@ -13,8 +13,9 @@ from toolkit.errors import UserError
 from toolkit.model import Model
 from toolkit.runs import TrainingRun, seeded
 from toolkit.sample import noise, partly_denoised
-from trainers.erase.esd import ESD, Steering, parameter_names
+from trainers.erase.esd import ESD, Steering
 from trainers.erase.prompts import concept_prompts
+from trainers.erase.samples import parameter_names
 from trainers.loop import Batch
 from trainers.trajectories import Trajectories
 

@@ -18,8 +18,8 @@ from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import progress, seeded
 from toolkit.sample import trajectory
-from trainers.erase.esd import parameter_names
 from trainers.erase.prompts import concept_prompts, erase_task
+from trainers.erase.samples import parameter_names
 from trainers.loop import Batch, Objective
 from trainers.method import Trained
 from trainers.weights import FullWeights

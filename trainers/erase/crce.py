@@ -18,8 +18,8 @@ from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import seeded
 from trainers.erase.coreferents import with_coreferents
-from trainers.erase.esd import Parameters, Samples, parameter_names
 from trainers.erase.prompts import erase_task
+from trainers.erase.samples import Parameters, Samples, parameter_names
 from trainers.loop import Batch, Objective
 from trainers.method import Trained
 from trainers.trajectories import Trajectories

@@ -5,29 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.arch.base import Text
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 from toolkit.method import option
-from toolkit.runs import seeded
 from trainers.erase.prompts import concept_prompts, erase_task
+from trainers.erase.samples import Parameters, Samples, parameter_names
 from trainers.loop import Batch, Objective
 from trainers.method import Trained
 from trainers.trajectories import Trajectories
 from trainers.weights import FullWeights
 
 if TYPE_CHECKING:
-    from toolkit.arch.base import Architecture
     from toolkit.edits.base import Edit, EditInfo
     from toolkit.model import Model
-
-Parameters = Literal["x", "x_strict", "u", "all"]
 
 
 @dataclass(frozen=True)
@@ -121,39 +116,6 @@ class Steering(Objective):
         rows, steps = zip(*(samples.pick(what, self.method.seed, batch.step, place) for place in places), strict=True)
         latents, t, text, target = samples.at(rows, steps, self.arch.device)
         return F.mse_loss(self.arch.predict(latents, t, text), target)
-
-
-class Samples:
-    """Every step of every trajectory, with the prompt that is asked there and what the answer should be.
-
-    latents, target: [n, steps, c, h', w']. t: [steps].
-    """
-
-    def __init__(self, arch: Architecture, prompts: Sequence[str], latents: Tensor, t: Tensor, target: Tensor) -> None:
-        distinct = list(dict.fromkeys(prompts))
-        self.text: Text = arch.encode(distinct)
-        self.row = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        self.latents, self.t, self.target = latents, t, target
-
-    def pick(self, *key: str | int) -> tuple[int, int]:
-        """A trajectory and a step, uniformly, from the key alone."""
-        draw = seeded(*key)
-        return tuple(int(torch.randint(size, (), generator=draw)) for size in self.latents.shape[:2])  # pyright: ignore[reportReturnType]
-
-    def at(self, rows: Sequence[int], steps: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Text, Tensor]:
-        """Latents, timesteps, text and target of these steps of these trajectories."""
-        i, k = torch.tensor(rows), torch.tensor(steps)
-        return self.latents[i, k].to(device), self.t[k].to(device), self.text[self.row[i].to(device)], self.target[i, k].to(device)
-
-
-def parameter_names(arch: Architecture, which: Parameters) -> list[str]:
-    """The denoiser's parameters that are trained."""
-    keys_and_values = [f"{site}.weight" for site in arch.text_linears()]
-    if which == "x_strict":
-        return keys_and_values
-    every = [f"denoiser.{name}" for name, _ in arch.components()["denoiser"].named_parameters()]
-    cross = tuple(f"{site}." for site in arch.attention_sites() if any(name.startswith(f"{site}.") for name in keys_and_values))
-    return [name for name in every if which == "all" or name.startswith(cross) == (which == "x")]
 
 
 def _in_turn(items: Sequence[Any], count: int) -> list[Any]:
