@@ -29,7 +29,7 @@ from pipelines.closed_form.edit import as_edit
 from pipelines.closed_form.rece import RECE
 from pipelines.closed_form.rows import Placed, TaskRows
 from pipelines.closed_form.uce import UCE
-from toolkit.arch.base import Stream
+from toolkit.arch.text import Stream
 from toolkit.edits.base import EditInfo
 from toolkit.solve import closed_form, second_moment
 

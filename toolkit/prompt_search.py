@@ -21,7 +21,7 @@ from toolkit.errors import PalimpsestError, UserError
 from toolkit.runs import seeded
 
 if TYPE_CHECKING:
-    from toolkit.arch.base import Text
+    from toolkit.arch.text import Text
     from toolkit.model import Model
 
 SPREAD = 0.1  # noise between the vectors of one token, in standard deviations of the embedding table

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.arch.base import Text
+from toolkit.arch.text import Text
 from toolkit.errors import UserError
 from toolkit.images import to_pil
 from toolkit.runs import seeded

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.closed_form.rows import KeepChoice, RowChoice, TaskPrompts, around, encode, exact_device, fill
-from toolkit.arch.base import Segment
+from toolkit.arch.text import Segment
 from toolkit.solve import Change, Sums, check_weights
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ from toolkit.sample import Hook, State, sample
 from toolkit.solve import Change, Sums, check_weights
 
 if TYPE_CHECKING:
-    from toolkit.arch.base import Architecture, Text
+    from toolkit.arch.base import Architecture
+    from toolkit.arch.text import Text
     from toolkit.model import Model
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.closed_form.rows import BATCH, encode, exact_device
-from toolkit.arch.base import Segment
+from toolkit.arch.text import Segment
 from toolkit.captions import load_captions
 from toolkit.concepts import Concept
 from toolkit.errors import UserError

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from toolkit.arch.base import Segment, Text
+from toolkit.arch.text import Segment, Text
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 

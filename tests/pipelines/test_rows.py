@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipelines.closed_form.rows import Nothing, RowChoice, TaskRows, encode_concept, encode_task
-from toolkit.arch.base import Segment, Stream, Text
+from toolkit.arch.text import Segment, Stream, Text
 from toolkit.concepts import Concept, CustomizeTask, EraseTask, Subject
 from toolkit.errors import UserError
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.arch.base import Text
 from toolkit.arch.flux import Flux
+from toolkit.arch.text import Text
 from toolkit.errors import UserError
 from toolkit.model import Model
 from toolkit.sample import Hook, State, noise, sample

@@ -7,8 +7,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from toolkit.arch.base import Text
 from toolkit.arch.sd import SD
+from toolkit.arch.text import Text
 from toolkit.errors import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction")

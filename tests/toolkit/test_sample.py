@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from toolkit.arch.base import Text
 from toolkit.arch.sd import SD
+from toolkit.arch.text import Text
 from toolkit.errors import UserError
 from toolkit.model import Model
 from toolkit.sample import Hook, State, generate, noise, sample

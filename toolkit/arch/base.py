@@ -11,7 +11,6 @@ import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,74 +21,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from toolkit.arch.text import Segment, Stream, Text
 from toolkit.errors import UserError
-
-
-@dataclass(frozen=True)
-class Text:
-    """Encoded prompts.
-
-    hidden [n, L, d]: what the denoiser reads. ids [n, L]: token ids. length [n]: tokens up to and including EOT (so the
-    last subject token of a prompt is at `length - 2`), of the first encoder where rows of several follow one another.
-    pooled [n, p] or None. guidance [n]: the scale that a distilled denoiser reads, None is 1; others read none.
-    """
-
-    hidden: Tensor
-    ids: Tensor
-    length: Tensor
-    pooled: Tensor | None = None
-    guidance: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.hidden)
-
-    def __getitem__(self, index: Any) -> Text:
-        """Rows of the batch; index is anything that indexes a tensor's first axis and keeps it."""
-        columns: dict[str, Any] = {name: None if value is None else value[index] for name, value in self._columns().items()}
-        return Text(**columns)
-
-    def to(self, device: str | torch.device) -> Text:
-        """On another device."""
-        columns: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in self._columns().items()}
-        return Text(**columns)
-
-    @staticmethod
-    def cat(parts: Sequence[Text]) -> Text:
-        """Batches one after another."""
-        given = [part._columns() for part in parts]
-        columns: dict[str, Any] = {name: None if value is None else torch.cat([c[name] for c in given]) for name, value in given[0].items()}
-        return Text(**columns)
-
-    def _columns(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Rows of encoded prompts from one encoder.
-
-    rows [n, L, d]. ids [n, L] or None for a pooled vector (L = 1). length [n]: tokens up to and including EOT.
-    leading: rows at the start that are the same in every prompt (1 for BOS, 0 without). causal: whether a row sees only
-    the rows before it.
-    """
-
-    rows: Tensor
-    ids: Tensor | None
-    length: Tensor
-    leading: int = 1
-    causal: bool = True
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What some linear layers of the denoiser read of an encoded prompt as it is, and those layers.
-
-    linears: site -> layer; a bias, where there is one, is no part of what an edit changes. segments: encoded prompts -> the
-    rows that the layers read.
-    """
-
-    linears: Mapping[str, nn.Linear]
-    segments: Callable[[Text], tuple[Segment, ...]]
 
 
 class Architecture(ABC):
@@ -110,6 +43,7 @@ class Architecture(ABC):
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
+        self.readers: list[Callable[[Text], object]] = []  # are given the encoded prompts of each prediction before it is made
 
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
@@ -164,7 +98,7 @@ class Architecture(ABC):
     def copy(self) -> Self:
         """An independent instance. The image decoder, which nobody changes, the tokenizers and the scheduler are shared."""
         twin = copy.copy(self)
-        twin.pipe = copy.copy(self.pipe)
+        twin.pipe, twin.readers = copy.copy(self.pipe), []
         shared = self.components().get("vae")
         for name, part in self.pipe.components.items():
             if isinstance(part, nn.Module) and part is not shared:
@@ -216,6 +150,11 @@ class Architecture(ABC):
     @abstractmethod
     def attention_sites(self) -> dict[str, nn.Module]:
         """Site -> attention module, cross- and self-attention alike."""
+
+    def cross_attention_sites(self) -> dict[str, nn.Module]:
+        """Those of `attention_sites` in which the image reads the text and nothing else. Default: those with some of `text_linears`."""
+        with_text = {site.rpartition(".")[0] for site in self.text_linears()}
+        return {site: module for site, module in self.attention_sites().items() if site in with_text}
 
     @abstractmethod
     def token_embeddings(self) -> dict[str, nn.Embedding]:
@@ -275,9 +214,15 @@ class Architecture(ABC):
         t: timesteps [n], integers below `train_timesteps` or what `scheduler` gives.
         """
 
-    @abstractmethod
     def predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
         """The denoiser's own output for noisy latents [n, c, h', w'] at timesteps t [n]."""
+        for reader in self.readers:
+            reader(text)
+        return self._predict(latents, t, text)
+
+    @abstractmethod
+    def _predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
+        """What `predict` gives."""
 
     @abstractmethod
     def to_x0(self, output: Tensor, latents: Tensor, t: Tensor) -> Tensor:

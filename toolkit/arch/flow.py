@@ -13,9 +13,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor, nn
 from transformers import T5Config, T5Tokenizer
 
-from toolkit.arch.base import Segment, Stream, Text
 from toolkit.arch.encoders import Encoders
 from toolkit.arch.sd import LORA_PROJECTIONS, TINY_VAE
+from toolkit.arch.text import Segment, Stream, Text
 from toolkit.errors import UserError
 
 TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

@@ -14,9 +14,10 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from toolkit.arch.base import Segment, Text, from_pretrained
+from toolkit.arch.base import from_pretrained
 from toolkit.arch.flow import TINY_FLOW_VAE, TINY_T5, Flow, by_attention, tiny_t5_config, tiny_t5_tokenizer
 from toolkit.arch.sd import TINY_TEXT, TINY_VAE, tiny_text_config, tiny_tokenizer
+from toolkit.arch.text import Segment, Text
 
 TINY_TRANSFORMER: dict[str, Any] = {
     "in_channels": 4 * TINY_VAE["latent_channels"],
@@ -88,7 +89,7 @@ class Flux(Flow):
         return (Segment(text.hidden, text.ids, text.length, leading=0, causal=False),)
 
     # --- images and noise ---------------------------------------------------------------------------------------
-    def predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
+    def _predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
         count, _, rows, columns = latents.shape
         guidance = None
         if self.distilled_guidance:

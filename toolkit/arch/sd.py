@@ -17,9 +17,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from toolkit.arch.base import Text, from_pretrained
+from toolkit.arch.base import from_pretrained
 from toolkit.arch.encoders import Encoders
 from toolkit.arch.single_file import from_single_file
+from toolkit.arch.text import Text
 from toolkit.errors import UserError
 
 LORA_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -155,7 +156,7 @@ class SD(Encoders):
         alpha_squared = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
-    def predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
+    def _predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
         output = self.pipe.unet(latents.to(self.dtype), t, encoder_hidden_states=text.hidden.to(self.dtype)).sample
         return output.to(latents.dtype)
 

@@ -14,10 +14,11 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from toolkit.arch.base import Segment, Text, from_pretrained
+from toolkit.arch.base import from_pretrained
 from toolkit.arch.flow import TINY_FLOW_VAE, TINY_T5, Flow, tiny_t5_config, tiny_t5_tokenizer
 from toolkit.arch.sd import TINY_TEXT, TINY_VAE, tiny_text_config, tiny_tokenizer
 from toolkit.arch.sdxl import TINY_TEXT_2
+from toolkit.arch.text import Segment, Text
 from toolkit.errors import UserError
 
 T5_LENGTH = 256  # tokens; the pipeline's default
@@ -114,6 +115,6 @@ class SD3(Flow):
             raise UserError(f"image size {height}x{width} is above the {largest} that the model has positions for; give a smaller one")
         return super().latent_shape(height, width)
 
-    def predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
+    def _predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
         output = self.pipe.transformer(latents.to(self.dtype), timestep=t, **self._conditions(text)).sample
         return output.to(latents.dtype)

@@ -14,10 +14,11 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from toolkit.arch.base import Text, from_pretrained
+from toolkit.arch.base import from_pretrained
 from toolkit.arch.ldm import unet_key
 from toolkit.arch.sd import LDM, SD, TINY_NOISE, TINY_TEXT, TINY_UNET, TINY_VAE, tiny_text_config, tiny_tokenizer
 from toolkit.arch.single_file import from_single_file
+from toolkit.arch.text import Text
 
 TINY_TEXT_2: dict[str, Any] = {**TINY_TEXT, "hidden_size": 40, "projection_dim": 24, "hidden_act": "gelu"}
 POOLED = "text_encoder_2.text_projection"
@@ -93,7 +94,7 @@ class SDXL(SD):
         return text
 
     # --- noise ----------------------------------------------------------------------------------------------------
-    def predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
+    def _predict(self, latents: Tensor, t: Tensor, text: Text) -> Tensor:
         if text.pooled is None:
             raise ValueError("SDXL reads the pooled text too")
         height, width = (side * self.downscale for side in latents.shape[-2:])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.arch.base import Text
+from toolkit.arch.text import Text
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 from toolkit.method import option

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from toolkit.arch.base import Text
+from toolkit.arch.text import Text
 from toolkit.runs import seeded
 
 if TYPE_CHECKING:
@@ -46,5 +46,5 @@ def parameter_names(arch: Architecture, which: Parameters) -> list[str]:
     if which == "x_strict":
         return keys_and_values
     every = [f"denoiser.{name}" for name, _ in arch.components()["denoiser"].named_parameters()]
-    cross = tuple(f"{site}." for site in arch.attention_sites() if any(name.startswith(f"{site}.") for name in keys_and_values))
+    cross = tuple(f"{site}." for site in arch.cross_attention_sites())
     return [name for name in every if which == "all" or name.startswith(cross) == (which == "x")]

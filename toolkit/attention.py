@@ -1,0 +1,96 @@
+"""What cross-attention attends to: its probabilities, read while the denoiser predicts.
+
+Nothing is replaced. Hooks on the projections note queries and keys, and probabilities are computed of them for who asks, so that
+capture works beside any attention implementation, keeps the graph, and costs nothing when it is off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolkit.errors import UserError
+
+if TYPE_CHECKING:
+    from toolkit.arch.base import Architecture
+
+
+class AttentionMaps:
+    """Queries and keys of the last prediction by site."""
+
+    def __init__(self, sites: dict[str, Any]) -> None:
+        self._sites = sites
+        self._queries: dict[str, Tensor] = {}
+        self._keys: dict[str, Tensor] = {}
+
+    @property
+    def sites(self) -> list[str]:
+        """Where attention is read, in the order of the denoiser."""
+        return list(self._queries)
+
+    def probabilities(self, site: str) -> Tensor:
+        """softmax(scale q k^T), [n, heads, queries, tokens], with the graph where the prediction had one."""
+        attention, query, key = self._sites[site], self._queries[site], self._keys[site]
+        query, key = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))
+        if attention.upcast_attention:
+            query, key = query.float(), key.float()
+        return (attention.scale * query @ key.transpose(-1, -2)).softmax(-1)
+
+    def of_tokens(self, tokens: Tensor, size: tuple[int, int], *, sites: Iterable[str] | None = None) -> Tensor:
+        """Where these tokens are attended to [n, *size]: their probabilities, summed, mean over heads and sites.
+
+        tokens: [n, L], True for those of each prompt. size: rows and columns of the map, in the latent's proportions; maps of
+        coarser sites are enlarged, bilinearly.
+        """
+        each = []
+        for site in sites or self.sites:
+            seen = self.probabilities(site).mean(1)
+            one = (seen * tokens[:, None].to(seen)).sum(-1)
+            each.append(F.interpolate(one.unflatten(1, grid_of(one.shape[1], size))[:, None], size, mode="bilinear")[:, 0])
+        return torch.stack(each).mean(0)
+
+    def _hooks(self, site: str) -> tuple[Any, Any]:
+        def of(place: dict[str, Tensor]) -> Any:
+            def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+                place[site] = output
+
+            return note
+
+        return of(self._queries), of(self._keys)
+
+
+@contextmanager
+def attention_maps(arch: Architecture, sites: Sequence[str] | None = None) -> Iterator[AttentionMaps]:
+    """Within the block, what cross-attention attends to in the last prediction.
+
+    sites: some of `arch.cross_attention_sites()`, None is all. A family that has no cross-attention is a UserError.
+    """
+    known = arch.cross_attention_sites()
+    if not known:
+        raise UserError(f"{arch.name} has no cross-attention whose maps could be read; load a Stable Diffusion 1, 2 or XL model")
+    chosen = {site: known[site] for site in (known if sites is None else sites)}
+    maps, handles = AttentionMaps(chosen), []
+    try:
+        for site, attention in chosen.items():
+            for layer, hook in zip((attention.to_q, attention.to_k), maps._hooks(site), strict=True):  # pyright: ignore[reportArgumentType]
+                handles.append(layer.register_forward_hook(hook))
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def grid_of(queries: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of so many places in the proportions of `size`, which each level of a denoiser halves, rounding up."""
+    rows, columns = size
+    while rows * columns > queries:
+        rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)
+    if rows * columns != queries:
+        raise ValueError(f"{queries} places are no halving of {size[0]}x{size[1]}")
+    return rows, columns
