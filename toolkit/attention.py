@@ -78,8 +78,8 @@ def attention_maps(arch: Architecture, sites: Sequence[str] | None = None) -> It
     maps, handles = AttentionMaps(chosen), []
     try:
         for site, attention in chosen.items():
-            for layer, hook in zip((attention.to_q, attention.to_k), maps._hooks(site), strict=True):  # pyright: ignore[reportArgumentType]
-                handles.append(layer.register_forward_hook(hook))
+            layers: tuple[Any, Any] = (attention.to_q, attention.to_k)
+            handles += [layer.register_forward_hook(hook) for layer, hook in zip(layers, maps._hooks(site), strict=True)]
         yield maps
     finally:
         for handle in handles:
