@@ -86,6 +86,24 @@ def attention_maps(arch: Architecture, sites: Sequence[str] | None = None) -> It
             handle.remove()
 
 
+def token_mask(arch: Architecture, prompts: Sequence[str], words: Sequence[str]) -> Tensor:
+    """[n, L], True where a prompt's tokens are those of its words, at every place where they occur.
+
+    words: one for each prompt. A prompt without its words is a ValueError.
+    """
+    (whole, *_), (alone, *_) = (arch.text_streams()["hidden"].segments(arch.encode(texts)) for texts in (prompts, words))
+    if whole.ids is None or alone.ids is None:
+        raise ValueError(f"{arch.name} reads no tokens")
+    mask = torch.zeros_like(whole.ids, dtype=torch.bool)
+    for row, (prompt, word) in enumerate(zip(prompts, words, strict=True)):
+        sought = alone.ids[row, alone.leading : int(alone.length[row]) - 1]
+        places = whole.ids[row, : int(whole.length[row]) - 1].unfold(0, len(sought), 1).eq(sought).all(1).nonzero().flatten()
+        if not len(places):
+            raise ValueError(f"prompt {prompt!r} does not contain {word!r}")
+        mask[row, (places[:, None] + torch.arange(len(sought), device=places.device)).flatten()] = True
+    return mask
+
+
 def grid_of(queries: int, size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of so many places in the proportions of `size`, which each level of a denoiser halves, rounding up."""
     rows, columns = size

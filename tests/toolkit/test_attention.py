@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -10,7 +12,7 @@ from toolkit.arch.base import Architecture
 from toolkit.arch.flux import Flux
 from toolkit.arch.sd import SD
 from toolkit.arch.sdxl import SDXL
-from toolkit.attention import attention_maps, grid_of
+from toolkit.attention import attention_maps, grid_of, token_mask
 from toolkit.errors import UserError
 
 
@@ -25,8 +27,9 @@ def test_probabilities_are_those_of_the_attention_itself(family: type[SD], monke
     arch = family.tiny()
     plain = predicted(arch)
     sites = arch.cross_attention_sites()
-    own: list[torch.Tensor] = []
-    for attention in sites.values():
+    own: list[Any] = []
+    attentions: list[Any] = list(sites.values())
+    for attention in attentions:
         attention.set_processor(AttnProcessor())  # which computes probabilities in a method that can be watched
         given = attention.get_attention_scores
         monkeypatch.setattr(attention, "get_attention_scores", lambda *a, given=given: own.append(given(*a)) or own[-1])
@@ -76,3 +79,15 @@ def test_a_family_without_cross_attention_is_refused() -> None:
 @pytest.mark.parametrize(("queries", "grid"), [(256, (16, 16)), (64, (8, 8)), (35, (5, 7)), (12, (3, 4))])
 def test_grids_are_halved(queries: int, grid: tuple[int, int]) -> None:
     assert grid_of(queries, (16, 16) if grid[0] in (16, 8) else (5, 7)) == grid
+
+
+def test_tokens_of_words_are_found_wherever_they_are() -> None:
+    arch = SD.tiny()
+    prompts, words = ["a cat", "two red dogs and red dogs", "cat"], ["cat", "red dogs", "cat"]
+    mask = token_mask(arch, prompts, words)
+    text, alone = arch.encode(prompts), arch.encode(words)
+    for row, times in enumerate((1, 2, 1)):
+        own = alone.ids[row, 1 : alone.length[row] - 1]
+        assert torch.equal(text.ids[row][mask[row]], own.repeat(times))
+    with pytest.raises(ValueError, match="does not contain 'dog'"):
+        token_mask(arch, ["a cat"], ["dog"])
