@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipelines.closed_form.realera_embedding import RealEraEmbedding
 from pipelines.closed_form.rows import KeepChoice, Nothing, Placed, encode_prompts, erase_task, fill
-from toolkit.arch.base import Text
+from toolkit.arch.text import Text
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 from toolkit.method import option

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipelines.closed_form.rows import erase_task
 from pipelines.closed_form.trce_embedding import TRCEEmbedding
-from toolkit.arch.base import Text
+from toolkit.arch.text import Text
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.edits.chain import Chain
 from toolkit.errors import UserError
