@@ -9,10 +9,10 @@ from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 
 
-def erase_task(task: Task, preserve_weight: float | None = 1.0) -> EraseTask:
+def erase_task(task: Task, preserve_weight: float | None = 1.0, *, needs_preserved: bool = True) -> EraseTask:
     """The task, which must be one to erase. Preserved prompts without weight are warned of, and weight without any is a UserError.
 
-    preserve_weight: None for a method that has no such weight.
+    preserve_weight: None for a method that has no such weight. needs_preserved: False for one that has more to keep than the task says.
     """
     if not isinstance(task, EraseTask):
         raise UserError(f"given a {type(task).__name__}, needs an EraseTask; this method erases concepts")
@@ -21,7 +21,7 @@ def erase_task(task: Task, preserve_weight: float | None = 1.0) -> EraseTask:
         if preserve_weight is not None:
             why = "preserve_weight is 0, so what the task preserves has no effect; set it to keep that"
         warnings.warn(why, stacklevel=2)
-    if preserve_weight and not task.preserve:
+    if preserve_weight and needs_preserved and not task.preserve:
         raise UserError(f"preserve_weight is {preserve_weight}, and nothing is preserved; name what to preserve, or set it to 0")
     return task
 

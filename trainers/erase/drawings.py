@@ -1,0 +1,99 @@
+"""What the frozen model draws of anchors and of what is kept, noised anew for every sample, for methods that train on pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from toolkit.arch.text import Text
+from toolkit.concepts import EraseTask
+from toolkit.errors import UserError
+from toolkit.runs import progress, seeded
+from toolkit.sample import trajectory
+from trainers.erase.prompts import concept_prompts
+
+if TYPE_CHECKING:
+    from toolkit.model import Model
+    from trainers.loop import Batch
+
+
+def asked_by_anchor(task: EraseTask, trajectories: int) -> dict[str, list[str]]:
+    """Each prompt of an anchor -> those of the concepts in whose place it stands; without an anchor, the template without its word."""
+    asked: dict[str, list[str]] = {}
+    for prompt, base in concept_prompts(task, without_anchor="template"):
+        if prompt == base:
+            raise UserError(f"{prompt!r} is to turn into itself, which changes nothing; give the concept another anchor")
+        asked.setdefault(base, []).append(prompt)
+    if trajectories < len(task.concepts):
+        raise UserError(f"trajectories is {trajectories}, for {len(task.concepts)} concepts; give at least one for each")
+    return asked
+
+
+class Drawing(Protocol):
+    """The options of a method that trains on drawings."""
+
+    @property
+    def trajectories(self) -> int: ...
+    @property
+    def sampling_steps(self) -> int: ...
+    @property
+    def guidance(self) -> float: ...
+    @property
+    def train_batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Drawings with noise.
+
+    latents [n, c, h', w'], at t [n]. target, like the latents: what training asks of the denoiser there. drawn: the prompts that
+    were drawn; asked: those in whose place they stand.
+    """
+
+    latents: Tensor
+    t: Tensor
+    target: Tensor
+    drawn: Text
+    asked: Text
+
+
+class Drawings:
+    """What the frozen model draws of some prompts, each as often as the others up to one, noised anew for every sample.
+
+    asked: a prompt that is drawn -> the prompts that a drawing of it may be paired with, uniformly.
+    """
+
+    def __init__(self, model: Model, method: Drawing, asked: Mapping[str, Sequence[str]]) -> None:
+        self.arch, self.method = model.arch, method
+        self.drawn = list(islice(cycle(asked), method.trajectories))
+        seeds = range(method.seed, method.seed + len(self.drawn))
+        options = {"steps": method.sampling_steps, "guidance": method.guidance}
+        with progress("drawings") as show:
+            self.x0 = trajectory(model, self.drawn, seeds, progress=show, **options).cpu()  # [n, c, h', w']
+        self.asked = asked
+        used = dict.fromkeys(prompt for base in dict.fromkeys(self.drawn) for prompt in (base, *asked[base]))
+        self.place, self.text = {prompt: row for row, prompt in enumerate(used)}, model.arch.encode(list(used))
+
+    def noised(self, what: str, batch: Batch) -> Noised:
+        """The samples of a part of a step's batch: drawing, prompt, timestep and noise come from its step and their places alone."""
+        rows, times, noises, asked = [], [], [], []
+        for place in batch.places(self.method.train_batch_size):
+            draw = seeded(what, self.method.seed, batch.step, place)
+            row = int(torch.randint(len(self.drawn), (), generator=draw))
+            prompts = self.asked[self.drawn[row]]
+            asked.append(self.place[prompts[int(torch.randint(len(prompts), (), generator=draw))]])
+            times.append(int(torch.randint(self.arch.train_timesteps, (), generator=draw)))
+            noises.append(torch.randn(self.x0.shape[1:], generator=draw))
+            rows.append(row)
+        device = self.arch.device
+        x0, noise, t = self.x0[rows].to(device), torch.stack(noises).to(device), torch.tensor(times, device=device)
+        drawn = [self.place[self.drawn[row]] for row in rows]
+        latents, target = self.arch.add_noise(x0, noise, t), self.arch.target(x0, noise, t)
+        return Noised(latents, t, target, self.text[drawn], self.text[asked])
