@@ -6,7 +6,8 @@ Textual inversion looks for rows that draw a subject, attacks for rows that brin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -79,6 +80,18 @@ class TokenRows(nn.Module):
             for rows, row in zip(tokens.values(), trained.parameters(), strict=True):
                 rows[part] = row
         return TokenEdit.from_rows(tokens, info)
+
+    @contextmanager
+    def unlisted(self) -> Iterator[Self]:
+        """Within the block the words are in the model, but not among its edits, so that an edit fitted there is not one on top of them.
+
+        Edits are not attached or detached inside it.
+        """
+        state = self._edit.enter(self._model)
+        try:
+            yield self
+        finally:
+            self._edit.leave(self._model, state)
 
     def __enter__(self) -> Self:
         self._model.attach(self._edit)

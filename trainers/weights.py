@@ -95,9 +95,12 @@ class LoraWeights(Trainable):
 
     linears: site -> layer. alpha: None is the rank. down starts normal with deviation 1 / rank and up at zero, as in diffusers'
     training scripts. A hook on each layer adds what the factors give, so that the layer's name and weight stay as they are.
+    start: an edit of some of these layers that is not trained: it acts where the factors act, and is part of what `edit` gives.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], rank: int, *, alpha: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, linears: Mapping[str, nn.Linear], rank: int, *, alpha: float | None = None, seed: int = 0, start: LowRank | None = None
+    ) -> None:
         super().__init__()
         self._linears, self.scale = dict(linears), (rank if alpha is None else alpha) / rank
         place = {site: linear.weight.device for site, linear in linears.items()}
@@ -106,11 +109,15 @@ class LoraWeights(Trainable):
         }
         self.down = nn.ParameterList(nn.Parameter(start.to(place[site])) for site, start in starts.items())
         self.up = nn.ParameterList(nn.Parameter(torch.zeros(lin.out_features, rank, device=place[site])) for site, lin in linears.items())
+        self.start = start
+        self._given = {site: tuple(part.to(place[site]) for part in parts) for site, parts in _parts(start).items()} if start else {}
         self._handles: list[Any] = []
 
     def enter(self) -> None:
+        for site, parts in self._given.items():
+            self._handles.append(self._linears[site].register_forward_hook(partial(_add, 1.0, parts)))
         for linear, down, up in zip(self._linears.values(), self.down, self.up, strict=True):
-            self._handles.append(linear.register_forward_hook(partial(_add, self.scale, down, up)))
+            self._handles.append(linear.register_forward_hook(partial(_add, self.scale, (down, up))))
 
     def leave(self) -> None:
         while self._handles:
@@ -118,12 +125,21 @@ class LoraWeights(Trainable):
 
     def edit(self, info: EditInfo) -> LowRank:
         factors = zip(self._linears, self.down, self.up, strict=True)
-        return LowRank.from_factors({site: (self.scale * up.detach(), down.detach()) for site, down, up in factors}, info)
+        trained = LowRank.from_factors({site: (self.scale * up.detach(), down.detach()) for site, down, up in factors}, info)
+        return LowRank.merge([self.start, trained], info=info) if self.start else trained
 
 
-def _add(scale: float, down: Tensor, up: Tensor, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A layer's output with that of its factors."""
-    return output + scale * F.linear(F.linear(given[0].to(down.dtype), down), up).to(output.dtype)
+def _parts(edit: LowRank) -> dict[str, tuple[Tensor, ...]]:
+    """Site -> the matrices that an edit of linear layers is the product of, the first to be applied first."""
+    return {**{site: (edit.down[site], up) for site, up in edit.up.items()}, **{site: (dense,) for site, dense in edit.dense.items()}}
+
+
+def _add(scale: float, matrices: Sequence[Tensor], module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A layer's output with that of these matrices, one after the other."""
+    value = given[0].to(matrices[0].dtype)
+    for matrix in matrices:
+        value = F.linear(value, matrix)
+    return output + scale * value.to(output.dtype)
 
 
 def _owner(model: Model, name: str) -> tuple[nn.Module, str]:

@@ -82,6 +82,13 @@ class RealEraEmbedding(Method):
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once. There is nothing to choose among, so `score` is not called."""
+        self.check()
+        make = Generator().manual_seed(self.seed)
+        texts = encode_task(model.arch, task, self.nothing)
+        return as_edit(model, self, {stream: self.change_of(text, make) for stream, text in texts.items()})
+
+    def check(self) -> None:
+        """Refuse options with which there is nothing to draw."""
         if not 0 < self.radius < self.beyond_radius:
             given = f"radius is {self.radius:g} and beyond_radius {self.beyond_radius:g}"
             raise UserError(f"{given}, needs radius above 0 and beyond_radius above that; set both")
@@ -91,16 +98,12 @@ class RealEraEmbedding(Method):
         for name, count in (("neighbours", self.neighbours), ("beyond", self.beyond)):
             if count < 0:
                 raise UserError(f"{name} is {count}, needs at least 0; give 0 for none")
-        make = Generator().manual_seed(self.seed)
-        texts = encode_task(model.arch, task, self.nothing)
-        return as_edit(model, self, {stream: self.change_of(text, make) for stream, text in texts.items()})
 
     def change_of(self, text: TaskRows, make: Generator) -> Change:
         """D for the layers of one stream."""
         source, target = text.moved(self.rows)
         concept, goal = text.subjects(self.rows)
-        neighbours = around(concept, self.neighbours, (0, self.radius), (self.min_similarity, self.max_similarity), make)
-        beyond = around(concept, self.beyond, (self.radius, self.beyond_radius), (-1, self.min_similarity), make)
+        neighbours, beyond = self.near(concept, make), self.further(concept, make)
         return closed_form(
             torch.cat([source, neighbours]),
             torch.cat([target, goal.repeat_interleave(self.neighbours, 0)]),
@@ -109,6 +112,14 @@ class RealEraEmbedding(Method):
             preserve_scale=self.preserve_scale,
             lamb=self.lamb,
         )
+
+    def near(self, rows: Tensor, make: Generator) -> Tensor:
+        """Neighbours of each row: [n, d] -> [n neighbours, d], float64."""
+        return around(rows, self.neighbours, (0, self.radius), (self.min_similarity, self.max_similarity), make)
+
+    def further(self, rows: Tensor, make: Generator) -> Tensor:
+        """Embeddings beyond the neighbours of each row: [n, d] -> [n beyond, d], float64."""
+        return around(rows, self.beyond, (self.radius, self.beyond_radius), (-1, self.min_similarity), make)
 
     def needs(self) -> Literal["text"]:
         return "text"

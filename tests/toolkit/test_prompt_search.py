@@ -79,6 +79,17 @@ def test_the_edit_encodes_like_the_rows_did(tiny: Model) -> None:
         assert torch.equal(tiny.arch.encode(prompts).hidden, inside)
 
 
+def test_unlisted_words_are_in_the_model_but_not_among_its_edits(tiny: Model) -> None:
+    before, rows = state(tiny), TokenRows(tiny, {"<a>": "cat"}, vectors=2)
+    with pytest.raises(RuntimeError), rows.unlisted():
+        assert tiny.edits == ()
+        inside = rows(["a <a>"]).hidden
+        raise RuntimeError
+    assert same(state(tiny), before)
+    with rows:
+        assert torch.equal(rows(["a <a>"]).hidden, inside)
+
+
 def test_only_the_new_rows_change(tiny: Model) -> None:
     table = tiny.arch.token_embeddings()[PART].weight.clone()
     with TokenRows(tiny, {"<a>": "cat"}, vectors=2) as rows:

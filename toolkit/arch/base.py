@@ -143,6 +143,11 @@ class Architecture(ABC):
         layer of each encoder. Default: none."""
         return []
 
+    def encoder_parameters(self, layers: int | None = None) -> list[str]:
+        """Names of the text encoders' parameters that are read, without the embeddings: of the first so many layers of each encoder,
+        or of all with what follows them. More than there are is a UserError. Default: none."""
+        return []
+
     @abstractmethod
     def lora_targets(self) -> dict[str, nn.Linear]:
         """Site -> linear layer, for the denoiser's layers that low-rank training usually adapts (attention projections)."""

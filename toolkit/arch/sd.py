@@ -122,8 +122,19 @@ class SD(Encoders):
         attentions = [name for name in self.encoder_readers() if name.endswith(".self_attn")]  # of the layers that are read
         last = {name.partition(".")[0]: name for name in attentions}.values()
         within = tuple(f"{module}." for module in (*last, *(name.replace(".self_attn", ".mlp") for name in attentions)))
-        names = [f"{part}.{name}" for part, encoder in self._encoders().items() for name, _ in encoder.named_parameters()]
-        return [name for name in names if name.startswith(within)]
+        return [name for name in self._encoder_names() if name.startswith(within)]
+
+    def encoder_parameters(self, layers: int | None = None) -> list[str]:
+        found = [name.removesuffix("self_attn") for name in self.encoder_readers() if name.endswith(".self_attn")]
+        each = [[name for name in found if name.startswith(f"{part}.")] for part in self._encoders()]
+        if layers is not None and layers > max(map(len, each)):
+            raise UserError(f"layers is {layers}, and {max(map(len, each))} layers of the text encoder are read; give no more than these")
+        within = tuple(name for names in each for name in names[:layers])
+        followed = [name for name in self._encoder_names() if ".layers." not in name and "embeddings." not in name]
+        return [name for name in self._encoder_names() if name.startswith(within) or (layers is None and name in followed)]
+
+    def _encoder_names(self) -> list[str]:
+        return [f"{part}.{name}" for part, encoder in self._encoders().items() for name, _ in encoder.named_parameters()]
 
     def lora_targets(self) -> dict[str, nn.Linear]:
         return self.denoiser_linears(*(f"{attention}.{linear}" for attention in ("attn1", "attn2") for linear in LORA_PROJECTIONS))

@@ -75,6 +75,11 @@ class SDXL(SD):
         del readers[[name for name in readers if name.startswith("text_encoder.")][-1]]
         return {**readers, POOLED: {POOLED: self.pipe.text_encoder_2.text_projection}}
 
+    def encoder_parameters(self, layers: int | None = None) -> list[str]:
+        """Of the first encoder without the last norm, which nobody reads either."""
+        names = super().encoder_parameters(layers)
+        return [name for name in names if not (name.startswith("text_encoder.") and "final_layer_norm." in name)]
+
     # --- text ---------------------------------------------------------------------------------------------------
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:
         """hidden: both encoders' last hidden states but one, side by side. ids and length: the first tokenizer's."""
