@@ -72,7 +72,7 @@ class TextualInversion(Learned):
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
         subjects = self.subjects(task)
         start = {subject.token: self.initializer_token or subject.class_name for subject in subjects}
-        with TokenRows(model, start, vectors=self.num_vectors, seed=self.seed) as rows:
+        with TokenRows(model, start, vectors=self.num_vectors, seed=self.seed).unlisted() as rows:
             pictures = Photos.of(model.arch, subjects, self, TEMPLATES[self.learnable_property])
             yield Denoising(rows, pictures, Prompts(model.arch, self.cache, grad=True), self), rows.edit
 
