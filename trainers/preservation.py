@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from toolkit.model import Model
 
 CLASS = "a photo of a {}"  # the prompt of pictures of a class
-DRAWING = ("class_images", "num_class_images", "sampling_steps", "guidance")  # options of "images" alone
+DRAWING = ("class_images", "num_class_images", "class_image_steps", "class_image_guidance")  # options of "images" alone
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Preserving(Learned, ABC):
     prior_weight: float = option(1.0, "weight of that")
     class_images: str | None = option(None, "folder of pictures of the class, for images; none: the model draws them")
     num_class_images: int = option(100, "pictures that the model draws of each class")
-    sampling_steps: int = option(20, "steps of each of them")
-    guidance: float | None = option(None, "guidance scale of each of them; none is the model's own")
+    class_image_steps: int = option(20, "steps of each of them")
+    class_image_guidance: float | None = option(None, "guidance scale of each of them; none is the model's own")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,8 +51,10 @@ class Preserving(Learned, ABC):
         if unused:
             beside = f"prior {self.prior}" + (" and class_images" if self.prior == "images" else "")
             raise UserError(f"{', '.join(unused)} given with {beside}, where it has no effect; leave it out")
-        if min(self.num_class_images, self.sampling_steps) < 1 or self.prior_weight <= 0:
-            given = f"num_class_images {self.num_class_images}, sampling_steps {self.sampling_steps}, prior_weight {self.prior_weight}"
+        if min(self.num_class_images, self.class_image_steps) < 1 or self.prior_weight <= 0:
+            given = (
+                f"num_class_images {self.num_class_images}, class_image_steps {self.class_image_steps}, prior_weight {self.prior_weight}"
+            )
             raise UserError(f"{given}; needs at least 1, at least 1, and more than 0")
 
 
@@ -66,7 +68,9 @@ class Drawings(Pool):
         )
         seeds = range(method.seed, method.seed + len(prompts))
         with progress("class pictures") as show:
-            self.latents = trajectory(model, prompts, seeds, steps=method.sampling_steps, guidance=method.guidance, progress=show)
+            self.latents = trajectory(
+                model, prompts, seeds, steps=method.class_image_steps, guidance=method.class_image_guidance, progress=show
+            )
 
     def at(self, row: int) -> tuple[Tensor, Tensor]:
         latent = self.latents[row : row + 1]

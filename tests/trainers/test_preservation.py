@@ -61,7 +61,7 @@ def test_without_pictures_the_class_is_what_the_model_said(tiny: Model, subject:
 
 @pytest.mark.parametrize("own", [False, True])
 def test_with_pictures_it_is_the_error_on_them(tiny: Model, subject: Subject, tmp_path: Path, own: bool) -> None:
-    options: dict[str, Any] = {"num_class_images": 3, "sampling_steps": 2}
+    options: dict[str, Any] = {"num_class_images": 3, "class_image_steps": 2}
     if own:
         (tmp_path / "class").mkdir()
         Image.new("RGB", (30, 20), "blue").save(tmp_path / "class" / "blue.png")
@@ -97,7 +97,10 @@ def test_the_class_moves_less_when_it_is_preserved(tiny: Model, subject: Subject
     [
         ({"prior_weight": 2.0}, "prior_weight given with prior none"),
         ({"prior": "prediction", "num_class_images": 5}, "num_class_images given with prior prediction"),
-        ({"prior": "images", "class_images": "x", "guidance": 2.0}, "guidance given with prior images and class_images"),
+        (
+            {"prior": "images", "class_images": "x", "class_image_guidance": 2.0},
+            "class_image_guidance given with prior images and class_images",
+        ),
         ({"prior": "images", "num_class_images": 0}, "num_class_images 0"),
         ({"rank": 0}, "rank is 0"),
         ({"snr_gamma": -1.0}, "snr_gamma is -1"),
