@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.arch.base import Architecture
 
@@ -59,10 +59,23 @@ def text_fingerprint(arch: Architecture) -> str:
         # How the last call padded and truncated is no part of what the tokenizer is.
         spelling = {**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
         digest.update(json.dumps([name, encoder.config.to_json_string(), spelling]).encode())
-        for path, parameter in encoder.named_parameters():
-            digest.update(f"{path} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        _read_all(encoder, digest)
     return digest.hexdigest()
+
+
+def image_fingerprint(arch: Architecture) -> str:
+    """What decides how pictures are encoded: every value of the image encoder's parameters, and its configuration."""
+    vae: Any = arch.components()["vae"]
+    settings = {name: value for name, value in vae.config.items() if not name.startswith("_")}  # those say where it was loaded from
+    digest = hashlib.blake2b(json.dumps(settings, default=str, sort_keys=True).encode(), digest_size=16)
+    _read_all(vae, digest)
+    return digest.hexdigest()
+
+
+def _read_all(module: nn.Module, digest: Any) -> None:
+    for path, parameter in module.named_parameters():
+        digest.update(f"{path} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def same_base(one: Mapping[str, str], other: Mapping[str, str]) -> bool:

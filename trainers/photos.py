@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,17 +20,30 @@ if TYPE_CHECKING:
 _BATCH = 8  # pictures per call of the image encoder
 
 
-def load_photos(paths: Sequence[Path], size: int) -> Tensor:
-    """Pictures [n, 3, size, size] in [-1, 1]: turned as EXIF says, transparency over white, the centre square.
+Size = int | tuple[int, int]  # a side, or (height, width), in pixels
+
+
+def load_photos(paths: Sequence[Path], size: Size) -> Tensor:
+    """Pictures [n, 3, height, width] in [-1, 1]: turned as EXIF says, transparency over white, cut to the proportions about the centre.
 
     A file that is missing or no complete picture is a UserError.
     """
-    squares = [ImageOps.fit(open_photo(path), (size, size), Image.Resampling.LANCZOS) for path in paths]
-    return torch.stack([torch.from_numpy(np.array(square)) for square in squares]).permute(0, 3, 1, 2) / 127.5 - 1
+    cut = [ImageOps.fit(open_photo(path), _wide_and_high(size), Image.Resampling.LANCZOS) for path in paths]
+    return torch.stack([torch.from_numpy(np.array(picture)) for picture in cut]).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def load_masks(paths: Sequence[Path], images: Sequence[Path], size: int) -> Tensor:
-    """Masks [n, 1, size, size] in [0, 1], 1 on the subject, cut like their pictures.
+def bucket_of(path: Path, size: int, step: int) -> tuple[int, int]:
+    """The (height, width) that a picture is cut to: multiples of `step`, of an area up to size x size, of at most twice the one as the
+    other, and of these in proportions as near to the picture's as can be."""
+    wide, high = open_photo(path).size
+    heights = [height for height in range(step, 2 * size, step) if size * size // height >= step]
+    sizes = [(height, size * size // height // step * step) for height in heights]
+    able = [(height, width) for height, width in sizes if max(height, width) <= 2 * min(height, width)]
+    return min(able, key=lambda one: (abs(math.log(one[0] * wide / (one[1] * high))), -one[0] * one[1]))
+
+
+def load_masks(paths: Sequence[Path], images: Sequence[Path], size: Size) -> Tensor:
+    """Masks [n, 1, height, width] in [0, 1], 1 on the subject, cut like their pictures.
 
     A mask of another size than its picture, or black everywhere in the part that is used, is a UserError.
     """
@@ -39,10 +53,10 @@ def load_masks(paths: Sequence[Path], images: Sequence[Path], size: int) -> Tens
         if mask.size != picture.size:
             given, needed = "x".join(map(str, mask.size)), "x".join(map(str, picture.size))
             raise UserError(f"mask {path} is {given}, its picture {image} is {needed}; give a mask of the picture's size")
-        square = np.array(ImageOps.fit(mask, (size, size), Image.Resampling.BOX))
-        if not square.any():
-            raise UserError(f"mask {path} is black everywhere in the centre square of {image}; paint the subject white")
-        masks.append(torch.from_numpy(square)[None])
+        cut = np.array(ImageOps.fit(mask, _wide_and_high(size), Image.Resampling.BOX))
+        if not cut.any():
+            raise UserError(f"mask {path} is black everywhere in the part of {image} that is used; paint the subject white")
+        masks.append(torch.from_numpy(cut)[None])
     return torch.stack(masks) / 255
 
 
@@ -57,6 +71,10 @@ def open_photo(path: Path) -> Image.Image:
         raise UserError(f"cannot read picture {path} ({error}); give a complete PNG, JPEG or WebP file") from error
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def _wide_and_high(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[1], size[0])
 
 
 @torch.no_grad()

@@ -6,27 +6,23 @@ text encoders and the captions alone, so it is computed once, in batches, and ke
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.closed_form.rows import BATCH, encode, exact_device
 from toolkit.arch.text import Segment
+from toolkit.cache import cached
 from toolkit.captions import load_captions
 from toolkit.concepts import Concept
 from toolkit.errors import UserError
 from toolkit.fingerprint import text_fingerprint
-from toolkit.runs import cache_folder, progress, replacing
+from toolkit.runs import progress
 from toolkit.solve import second_moment
 
 if TYPE_CHECKING:
@@ -103,20 +99,6 @@ def _naming(captions: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
 
 def _cached_moments(arch: Architecture, captions: Sequence[str], rows: PriorRows) -> dict[str, Tensor]:
     """`caption_moments`, from the cache when the same captions were summed for the same text encoders before."""
-    folder = cache_folder()
-    if folder is None:
-        return caption_moments(arch, captions, rows)
-    key = json.dumps([FORMAT, text_fingerprint(arch), rows, captions])
-    path = folder / "prior" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
-    device = exact_device(arch)
-    try:
-        return {name: moment.to(device) for name, moment in load_file(path).items()}
-    except (OSError, SafetensorError):  # not there, or damaged: it can be computed again
-        moments = caption_moments(arch, captions, rows)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file({name: moment.cpu() for name, moment in moments.items()}, temporary)
-    except OSError as error:
-        warnings.warn(f"cannot keep the captions' moments in {folder} ({error}); set PALIMPSEST_CACHE to a folder, or to off", stacklevel=2)
-    return moments
+    key = [FORMAT, text_fingerprint(arch), rows, *captions]
+    moments = cached("prior", key, lambda: caption_moments(arch, captions, rows))
+    return {name: moment.to(exact_device(arch)) for name, moment in moments.items()}

@@ -177,7 +177,7 @@ def test_a_damaged_file_is_computed_again(tiny: Model, file: str, folder: Path) 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tiny: Model, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PALIMPSEST_CACHE", file)
-    with pytest.warns(UserWarning, match="cannot keep the captions' moments"):
+    with pytest.warns(UserWarning, match="cannot keep the prior in"):
         caption_prior(tiny.arch, file, "all", 1.0)
 
 

@@ -17,8 +17,9 @@ from toolkit.io.files import load_edit
 from toolkit.model import Model
 from toolkit.prompt_search import TokenRows
 from toolkit.runs import seeded
-from trainers.customize.textual_inversion import Denoising, TextualInversion, captions, evenly, weights
+from trainers.customize.textual_inversion import TEMPLATES, TextualInversion
 from trainers.loop import Batch, LoopConfig, train
+from trainers.subjects import Denoising, Photos, Prompts, captions_of, evenly
 
 SITE = "text_encoder:<toy>"
 
@@ -33,6 +34,11 @@ def task(tmp_path: Path, **options: Any) -> CustomizeTask:
     return CustomizeTask((Subject("<toy>", "cat", images, **options),))
 
 
+def denoising(model: Model, rows: TokenRows, method: TextualInversion, *subjects: Subject) -> Denoising:
+    pictures = Photos.of(model.arch, subjects, method, TEMPLATES["object"])
+    return Denoising(rows, pictures, Prompts(model.arch, "no", grad=True), method)
+
+
 def snapshot(model: Model) -> tuple[list[object], list[torch.Tensor]]:
     parts = model.arch.components().values()
     objects = [*model.arch.tokenizers().values(), *model.arch.token_embeddings().values()]
@@ -44,10 +50,10 @@ def test_the_loss_on_a_fixed_batch_goes_down(tmp_path: Path, prediction: Any) ->
     model = Model(SD.tiny(prediction_type=prediction))
     method = TextualInversion(train_batch_size=8, num_vectors=2)
     with TokenRows(model, {"<toy>": "cat"}, vectors=2) as rows:
-        objective = Denoising(model, rows, method, task(tmp_path).subjects)
+        objective = denoising(model, rows, method, *task(tmp_path).subjects)
         always = objective.loss
         objective.loss = lambda batch: always(Batch(0))  # the same pictures, noise and timesteps in every step
-        losses = train(objective, LoopConfig(max_train_steps=30, learning_rate=0.05, lr_scheduler="constant"), in_place=True, quiet=True)
+        losses = train(objective, LoopConfig(max_train_steps=60, learning_rate=0.05, lr_scheduler="constant"), in_place=True, quiet=True)
     assert losses[-1] < 0.996 * losses[0] and sorted(losses, reverse=True)[:3] == losses[:3]
 
 
@@ -56,19 +62,19 @@ def test_the_loss_is_the_denoisers_error(tiny: Model, tmp_path: Path) -> None:
     method = TextualInversion(train_batch_size=2, timestep_sampling="uniform", seed=3)
     subject = Subject("<toy>", "cat", (photo(tmp_path),), captions=("a <toy> on red",))
     with TokenRows(tiny, {"<toy>": "cat"}, seed=3) as rows:
-        objective = Denoising(tiny, rows, method, (subject,))
+        objective = denoising(tiny, rows, method, subject)
         value = objective.loss(Batch(5))[0].item()
-        draw = seeded("textual inversion", 3, 5)
+        draw = seeded("textual_inversion", 3, 5)
         torch.randperm(1, generator=draw)
         torch.randperm(1, generator=draw)
         torch.randint(1, (), generator=draw)
         torch.randint(1, (), generator=draw)
-        noise = torch.randn(2, *objective.latents.shape[1:], generator=draw)
+        z = torch.cat([objective.pictures.at(0)[0]] * 2)
+        noise = torch.randn(z.shape, generator=draw)
         t = (torch.rand(2, generator=draw, dtype=torch.float64) * 1000).long()
         alpha = tiny.arch.signal_and_noise(t)[0].flatten()
         with torch.no_grad():
             text = tiny.arch.encode(["a <toy> on red"] * 2)
-            z = objective.latents[[0, 0]]
             noisy = alpha.view(-1, 1, 1, 1) * z + (1 - alpha**2).sqrt().view(-1, 1, 1, 1) * noise
             expected = (tiny.arch.predict(noisy, t, text) - noise).square().mean().item()
     assert value == pytest.approx(expected, rel=1e-5)
@@ -110,12 +116,13 @@ def test_it_builds_on_the_attached_edits(tiny: Model, tmp_path: Path) -> None:
     assert edit.info.on == ("token",)
 
 
-def test_prompts_are_the_captions_or_the_templates(tmp_path: Path) -> None:
+def test_prompts_are_the_captions_or_the_templates(tmp_path: Path, tiny: Model) -> None:
     image = photo(tmp_path)
     plain, described = Subject("<toy>", "cat", (image,)), Subject("<toy>", "cat", (image, image), captions=("<toy> red", "blue <toy>"))
-    assert captions(described, TextualInversion()) == [("<toy> red",), ("blue <toy>",)]
-    assert captions(plain, TextualInversion(templates=("my {}",))) == [("my <toy>",)]
-    (objects,), (styles,) = (captions(plain, TextualInversion(learnable_property=kind)) for kind in ("object", "style"))
+    assert captions_of(described, ("a <toy>",)) == [("<toy> red",), ("blue <toy>",)]
+    own = Photos.of(tiny.arch, (plain, described), TextualInversion(templates=("my {}",)), TEMPLATES["object"])
+    assert own.captions == [("my <toy>",), ("<toy> red",), ("blue <toy>",)]
+    objects, styles = (Photos.of(tiny.arch, (plain,), TextualInversion(), TEMPLATES[kind]).captions[0] for kind in ("object", "style"))
     assert all("<toy>" in prompt for prompt in (*objects, *styles)) and all("style of <toy>" in prompt for prompt in styles)
 
 
@@ -124,12 +131,18 @@ def test_masks_weigh_the_error(tiny: Model, tmp_path: Path) -> None:
     left.paste(255, (0, 0, 10, 20))
     left.save(tmp_path / "mask.png")
     subject = Subject("<toy>", "cat", (photo(tmp_path),), masks=(tmp_path / "mask.png",))
-    weight = weights(subject, 16, torch.zeros(1, 4, 8, 8))
-    assert weight.shape == (1, 1, 8, 8) and torch.equal(weight[0, 0], torch.tensor([2.0] * 4 + [0.0] * 4).expand(8, 8))
-    assert torch.equal(weights(Subject("<toy>", "cat", subject.images), 16, torch.zeros(1, 4, 8, 8)), torch.ones(1, 1, 8, 8))
+
+    def weight(subject: Subject, **options: Any) -> torch.Tensor:
+        return Photos.of(tiny.arch, (subject,), TextualInversion(**options), TEMPLATES["object"]).at(0)[1]
+
+    half = torch.tensor([1.0] * 4 + [0.0] * 4).expand(1, 1, 8, 8)
+    assert torch.equal(weight(subject), 2 * half) and torch.equal(weight(subject, mask_normalization="image"), half)
+    assert torch.equal(weight(Subject("<toy>", "cat", subject.images)), torch.ones(1, 1, 8, 8))
     fit = TextualInversion(max_train_steps=2).fit
     masked, whole = fit(tiny, CustomizeTask((subject,))), fit(tiny, CustomizeTask((Subject("<toy>", "cat", subject.images),)))
     assert not torch.equal(masked.delta(SITE), whole.delta(SITE))
+    with pytest.raises(UserError, match="no effect without masks"):
+        TextualInversion(mask_normalization="image").fit(tiny, CustomizeTask((Subject("<toy>", "cat", subject.images),)))
 
 
 def test_pictures_are_spread() -> None:

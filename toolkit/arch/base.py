@@ -150,7 +150,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def lora_targets(self) -> dict[str, nn.Linear]:
-        """Site -> linear layer, for the layers that low-rank training usually adapts (attention projections)."""
+        """Site -> linear layer, for the denoiser's layers that low-rank training usually adapts (attention projections)."""
+
+    def encoder_lora_targets(self) -> dict[str, nn.Linear]:
+        """The same for the text encoders, as far as their layers are read. Default: none."""
+        return {}
 
     @abstractmethod
     def attention_sites(self) -> dict[str, nn.Module]:
@@ -198,6 +202,7 @@ class Architecture(ABC):
 
     # --- images and noise ---------------------------------------------------------------------------------------
     image_size: int  # default height and width in pixels
+    downscale: int  # pixels of an image's side for one of its latent's
     train_timesteps: int
 
     @abstractmethod

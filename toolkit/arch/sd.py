@@ -25,6 +25,7 @@ from toolkit.errors import UserError
 
 LORA_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 ENCODER_PROJECTIONS = ("k_proj", "v_proj")
+ENCODER_LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 V2_TEXT_WIDTH = 1024  # of the text encoder of Stable Diffusion 2; that of 1 has 768
 LDM = {"denoiser": "model.diffusion_model.", "vae": "first_stage_model."}  # how keys begin in single files
 
@@ -137,6 +138,12 @@ class SD(Encoders):
 
     def lora_targets(self) -> dict[str, nn.Linear]:
         return self.denoiser_linears(*(f"{attention}.{linear}" for attention in ("attn1", "attn2") for linear in LORA_PROJECTIONS))
+
+    def encoder_lora_targets(self) -> dict[str, nn.Linear]:
+        attentions = [name for name in self.encoder_readers() if name.endswith(".self_attn")]
+        sites = [f"{name}.{linear}" for name in attentions for linear in ENCODER_LORA_PROJECTIONS]
+        parts = self._encoders()
+        return {site: parts[component].get_submodule(path) for site in sites for component, _, path in [site.partition(".")]}
 
     def attention_sites(self) -> dict[str, nn.Module]:
         return {f"denoiser.{name}": module for name, module in self.pipe.unet.named_modules() if name.endswith(("attn1", "attn2"))}

@@ -45,6 +45,10 @@ class Text:
         columns: dict[str, Any] = {name: None if value is None else torch.cat([c[name] for c in given]) for name, value in given[0].items()}
         return Text(**columns)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that it has, by name."""
+        return {name: value for name, value in self._columns().items() if value is not None}
+
     def _columns(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 

@@ -1,0 +1,74 @@
+"""dreambooth_lora: what is trained, on which prompts, and that the result is an ordinary LoRA."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from toolkit.concepts import Concept, CustomizeTask, EraseTask, Subject
+from toolkit.edits.low_rank import LowRank
+from toolkit.errors import UserError
+from toolkit.io.export import export
+from toolkit.model import Model
+from toolkit.sample import sample
+from trainers.customize.dreambooth_lora import DreamBoothLora
+from trainers.loop import Batch
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> CustomizeTask:
+    images = tuple(tmp_path / f"{colour}.png" for colour in ("red", "green", "blue"))
+    for path in images:
+        Image.new("RGB", (20, 20), path.stem).save(path)
+    return CustomizeTask((Subject("sks", "cat", images),))
+
+
+def fit(model: Model, task: CustomizeTask, **options: Any) -> LowRank:
+    edit = DreamBoothLora(**{"max_train_steps": 3, "learning_rate": 0.01, **options}).fit(model, task)
+    assert isinstance(edit, LowRank)
+    return edit
+
+
+def test_the_loss_is_the_denoisers_error_at_the_word_and_the_class(tiny: Model, task: CustomizeTask) -> None:
+    with DreamBoothLora(train_batch_size=2).objective(tiny, task) as (denoising, _), torch.no_grad():
+        value: Any = denoising.loss(Batch(1))[0]
+        samples = denoising.samples(Batch(1))  # pyright: ignore[reportAttributeAccessIssue]
+        alpha, sigma = tiny.arch.signal_and_noise(samples.t)
+        noisy = alpha * samples.latents + sigma * samples.noise
+        output = tiny.arch.predict(noisy, samples.t, tiny.arch.encode(["a photo of sks cat"] * 2))
+    assert value.item() == pytest.approx(float((output - samples.noise).square().mean()), rel=1e-5)
+
+
+def test_what_is_trained(tiny: Model, task: CustomizeTask) -> None:
+    edit = fit(tiny, task, rank=2)
+    assert set(edit.up) == set(tiny.arch.lora_targets())
+    assert all(up.shape[1] == 2 and up.abs().max() > 0 for up in edit.up.values())
+    both = fit(tiny, task, rank=2, train_text_encoder=True)
+    encoder = tiny.arch.encoder_lora_targets()
+    assert set(both.up) == {*edit.up, *encoder}
+    assert len(encoder) == 2 * 4 and all(site.startswith("text_encoder.") for site in encoder)
+    assert all(both.up[site].abs().max() > 0 for site in encoder)
+
+
+def test_alpha_scales_the_change(tiny: Model, task: CustomizeTask) -> None:
+    plain, half = (fit(tiny, task, max_train_steps=1, lora_alpha=alpha) for alpha in (None, 2.0))
+    assert not torch.equal(next(iter(plain.up.values())), next(iter(half.up.values())))
+
+
+def test_the_edit_exports_as_diffusers_lora(tiny: Model, task: CustomizeTask, tmp_path: Path) -> None:
+    edit = fit(tiny, task, train_text_encoder=True)
+    export(edit, "diffusers-lora", tmp_path / "lora", tiny)
+    options: dict[str, Any] = {"steps": 2, "guidance": 2.0}
+    with tiny.attached(edit):
+        attached = sample(tiny, ["sks cat"], [0], **options)
+    plain = sample(tiny, ["sks cat"], [0], **options)
+    tiny.arch.pipe.load_lora_weights(tmp_path / "lora")
+    assert torch.allclose(sample(tiny, ["sks cat"], [0], **options), attached, atol=1e-4)
+    assert not torch.allclose(plain, attached, atol=1e-4)
+
+
+def test_another_task_is_told(tiny: Model) -> None:
+    with pytest.raises(UserError, match="given a EraseTask, needs a CustomizeTask"):
+        DreamBoothLora(max_train_steps=1).fit(tiny, EraseTask((Concept("cat"),)))

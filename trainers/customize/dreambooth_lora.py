@@ -1,0 +1,82 @@
+"""DreamBooth with LoRA: low-rank changes of the denoiser that draw a subject at a word, while the class stays what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from toolkit.concepts import CustomizeTask, Subject, Task
+from toolkit.errors import UserError
+from toolkit.method import option
+from toolkit.world.scenes import ASSETS
+from trainers.loop import Objective
+from trainers.preservation import PreservedDenoising, Preserving
+from trainers.subjects import Photos, Prompts
+from trainers.weights import LoraWeights
+
+if TYPE_CHECKING:
+    from toolkit.edits.base import Edit, EditInfo
+    from toolkit.model import Model
+
+TEMPLATES = ("a photo of {}",)
+
+
+@dataclass(frozen=True)
+class DreamBoothLora(Preserving):
+    """DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation, Ruiz et al., arXiv 2208.12242,
+
+    trained as LoRA: Low-Rank Adaptation of Large Language Models, Hu et al., arXiv 2106.09685.
+
+    Equation
+        min_{A, B}  E_{z, y, eps, t} || eps - e(z_t, t, c(y)) ||^2  +  prior_weight E_{z', eps, t} || eps - e(z'_t, t, c(y')) ||^2
+        where e is the denoiser with each adapted layer W + (lora_alpha / rank) B A, z the latent of a picture of the subject, y a
+        prompt with its word and its class, z' a picture of the class that the model drew before, and y' the class alone. On a model
+        that predicts velocity the same is done in velocities.
+
+    Shapes
+        A: [rank, in], B: [out, rank]. z, eps: [batch, c, h', w'] scaled latents.
+
+    Defaults
+        Those of diffusers' train_dreambooth_lora.py and its guide: rank 4, lora_alpha as the rank, step size 1e-4, 500 steps of AdamW,
+        constant, one picture in a step, the projections of every attention; num_class_images 100, prior_weight 1. There as here the
+        class is not preserved unless asked for (prior).
+
+    Deviations
+        The paper trains every weight. prior "prediction" needs no pictures of the class: it keeps what the model predicts at the
+        subject's pictures for the class name. A picture's own caption is used when it has one, which should have the word in it; else a
+        template with the word and the class. The posterior's mean is encoded, once, not a new sample in every step. Timesteps are
+        stratified over the batch by default: each is still uniform. With masks the error counts on the subject only.
+    """
+
+    rank: int = option(4, "rank of the change of each layer")
+    lora_alpha: float | None = option(None, "scale of the change is this divided by the rank; none is the rank")
+    train_text_encoder: bool = option(False, "adapt the text encoders too")
+    learning_rate: float = option(1e-4, "step size")
+
+    architectures: ClassVar = ("sd", "sdxl")
+    paper: ClassVar = "arXiv:2208.12242"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise UserError(f"rank is {self.rank}, needs at least 1; give a larger number")
+        if self.train_text_encoder and self.cache == "disk":
+            raise UserError("cache disk with train_text_encoder: prompts change as it learns, and cannot be kept; set cache to memory")
+
+    @contextmanager
+    def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
+        subjects = self.subjects(task)
+        targets = model.arch.lora_targets() | (model.arch.encoder_lora_targets() if self.train_text_encoder else {})
+        pictures = Photos.of(model.arch, subjects, self, TEMPLATES, lambda subject: f"{subject.token} {subject.class_name}")
+        weights = LoraWeights(targets, self.rank, alpha=self.lora_alpha, seed=self.seed)
+        text = Prompts(model.arch, self.cache, grad=self.train_text_encoder)
+        denoising = PreservedDenoising(model, weights, text, self, subjects, pictures)
+        with weights:
+            yield denoising, weights.edit
+
+    @classmethod
+    def example_task(cls, model: Model) -> CustomizeTask:
+        """One picture that the package ships: the embedded world's sprites."""
+        return CustomizeTask((Subject("<toy>", "picture", (ASSETS / "atlas.webp",)),))

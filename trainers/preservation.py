@@ -1,0 +1,148 @@
+"""Prior preservation: what the model drew of the class before, it is to draw after it has learnt a subject of it (DreamBooth)."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit.arch.text import Text
+from toolkit.concepts import Subject
+from toolkit.errors import UserError
+from toolkit.method import option
+from toolkit.pictures import captions_of, pictures
+from toolkit.runs import progress
+from toolkit.sample import trajectory
+from trainers.loop import Batch
+from trainers.subjects import Denoising, Learned, Photos, Pool, Prompts
+from trainers.weights import Trainable
+
+if TYPE_CHECKING:
+    from toolkit.model import Model
+
+CLASS = "a photo of a {}"  # the prompt of pictures of a class
+DRAWING = ("class_images", "num_class_images", "class_image_steps", "class_image_guidance")  # options of "images" alone
+
+
+@dataclass(frozen=True)
+class Preserving(Learned, ABC):
+    """Base of the methods that learn subjects and can preserve the class."""
+
+    prior: Literal["none", "images", "prediction"] = option("none", "what keeps the class: images of it, or the model's own prediction")
+    prior_weight: float = option(1.0, "weight of that")
+    class_images: str | None = option(None, "folder of pictures of the class, for images; none: the model draws them")
+    num_class_images: int = option(100, "pictures that the model draws of each class")
+    class_image_steps: int = option(20, "steps of each of them")
+    class_image_guidance: float | None = option(None, "guidance scale of each of them; none is the model's own")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        changed = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+        unused = [name for name in (*DRAWING, "prior_weight") if name in changed]
+        if self.prior == "prediction":
+            unused = [name for name in unused if name != "prior_weight"]
+        if self.prior == "images":
+            unused = [name for name in unused if self.class_images is not None and name in DRAWING[1:]]
+        if unused:
+            beside = f"prior {self.prior}" + (" and class_images" if self.prior == "images" else "")
+            raise UserError(f"{', '.join(unused)} given with {beside}, where it has no effect; leave it out")
+        if min(self.num_class_images, self.class_image_steps) < 1 or self.prior_weight <= 0:
+            given = (
+                f"num_class_images {self.num_class_images}, class_image_steps {self.class_image_steps}, prior_weight {self.prior_weight}"
+            )
+            raise UserError(f"{given}; needs at least 1, at least 1, and more than 0")
+
+
+class Drawings(Pool):
+    """What a model draws of prompts, each with a seed of its own."""
+
+    def __init__(self, model: Model, prompts: Sequence[str], method: Preserving) -> None:
+        side = model.arch.image_size
+        super().__init__(
+            model.arch, [f"a drawing of {prompt!r}" for prompt in prompts], [(prompt,) for prompt in prompts], [(side, side)] * len(prompts)
+        )
+        seeds = range(method.seed, method.seed + len(prompts))
+        with progress("class pictures") as show:
+            self.latents = trajectory(
+                model, prompts, seeds, steps=method.class_image_steps, guidance=method.class_image_guidance, progress=show
+            )
+
+    def at(self, row: int) -> tuple[Tensor, Tensor]:
+        latent = self.latents[row : row + 1]
+        return latent, torch.ones_like(latent[:, :1])
+
+
+class PreservedDenoising(Denoising):
+    """The denoiser's error on a subject's pictures, and on the class, or how far what it predicts for the class has moved.
+
+    "images": L + prior_weight E || eps - eps_theta(z'_t, t, c(class)) ||^2 over pictures z' of the class. "prediction": needs none;
+    L + prior_weight E || eps*(z_t, t, c(y')) - eps_theta(z_t, t, c(y')) ||^2 with z_t that of the subject's picture, y' its prompt with the
+    class name for the word, and eps* the model before.
+    """
+
+    module: Trainable
+
+    def __init__(
+        self,
+        model: Model,
+        weights: Trainable,
+        text: Callable[[Sequence[str]], Text],
+        method: Preserving,
+        subjects: Sequence[Subject],
+        pictures: Pool,
+    ) -> None:
+        super().__init__(weights, pictures, text, method)
+        self.preserving, self.subjects = method, subjects
+        self.known = class_pictures(model, subjects, method) if method.prior == "images" else None
+        self.before = Prompts(model.arch, method.cache)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        if self.preserving.prior == "none":
+            return super().loss(batch)
+        learnt, kept = self._errors(batch)
+        return learnt + self.preserving.prior_weight * kept, {"subject": learnt.item(), "class": kept.item()}
+
+    def _errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        samples = self.samples(batch)
+        noisy, count = self.noisy(samples), len(samples.rows)
+        if self.known is None:
+            prompts = [without_token(prompt, self.subjects) for prompt in samples.prompts]
+            with self.module.off(), torch.no_grad():
+                before = self.arch.predict(noisy, samples.t, self.before(prompts))
+            after = self._predict((noisy, noisy), (samples.t, samples.t), [*samples.prompts, *prompts])
+            return self.error(samples, after[:count]), F.mse_loss(after[count:], before)
+        known = self.known.draw(f"{self.method.name()} class", self.method, batch)
+        if known.latents.shape[2:] != noisy.shape[2:]:
+            ours, theirs = (self.arch.predict(self.noisy(one), one.t, self.text(one.prompts)) for one in (samples, known))
+        else:
+            both = self._predict((noisy, self.noisy(known)), (samples.t, known.t), [*samples.prompts, *known.prompts])
+            ours, theirs = both[:count], both[count:]
+        return self.error(samples, ours), self.error(known, theirs)
+
+    def _predict(self, noisy: tuple[Tensor, Tensor], t: tuple[Tensor, Tensor], prompts: list[str]) -> Tensor:
+        return self.arch.predict(torch.cat(noisy), torch.cat(t), self.text(prompts))
+
+
+def class_pictures(model: Model, subjects: Sequence[Subject], method: Preserving) -> Pool:
+    """Pictures of each subject's class: the user's, or what the model draws."""
+    names = list(dict.fromkeys(subject.class_name for subject in subjects))
+    if method.class_images is None:
+        return Drawings(model, [CLASS.format(name) for name in names for _ in range(method.num_class_images)], method)
+    files = pictures(method.class_images)
+    captions = captions_of(files, method.class_images)
+    if not captions and len(names) > 1:
+        raise UserError(f"class_images of {len(names)} classes have no captions; give a metadata.jsonl, or no class_images")
+    prompts = captions or [CLASS.format(names[0])] * len(files)
+    return Photos(model.arch, files, [(prompt,) for prompt in prompts], [None] * len(files), method)
+
+
+def without_token(prompt: str, subjects: Sequence[Subject]) -> str:
+    """A prompt with the class name for each subject's word, or for the word and the class name after it."""
+    for subject in subjects:
+        prompt = prompt.replace(f"{subject.token} {subject.class_name}", subject.class_name).replace(subject.token, subject.class_name)
+    return prompt
