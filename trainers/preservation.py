@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +67,9 @@ class Drawings(Pool):
             model.arch, [f"a drawing of {prompt!r}" for prompt in prompts], [(prompt,) for prompt in prompts], [(side, side)] * len(prompts)
         )
         seeds = range(method.seed, method.seed + len(prompts))
+        options: dict[str, Any] = {"steps": method.class_image_steps, "guidance": method.class_image_guidance}
         with progress("class pictures") as show:
-            self.latents = trajectory(
+            self.latents = trajectory(model, prompts, seeds, **options, progress=show)
                 model, prompts, seeds, steps=method.class_image_steps, guidance=method.class_image_guidance, progress=show
             )
 

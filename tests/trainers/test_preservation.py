@@ -99,7 +99,7 @@ def test_the_class_moves_less_when_it_is_preserved(tiny: Model, subject: Subject
         ({"prior": "prediction", "num_class_images": 5}, "num_class_images given with prior prediction"),
         (
             {"prior": "images", "class_images": "x", "class_image_guidance": 2.0},
-            "class_image_guidance given with prior images and class_images",
+            "guidance given with prior images and class_images",
         ),
         ({"prior": "images", "num_class_images": 0}, "num_class_images 0"),
         ({"rank": 0}, "rank is 0"),

@@ -99,7 +99,8 @@ def test_prompts_are_encoded_once_until_the_encoder_changes(tiny: Model, monkeyp
     calls: list[str] = []
     own = tiny.arch.encode
     monkeypatch.setattr(tiny.arch, "encode", lambda prompts, **options: calls.extend(prompts) or own(prompts, **options))
-    for cache, first, again in (("memory", 2, 0), ("no", 2, 2), ("disk", 2, 0)):
+    cases: tuple[tuple[Any, int, int], ...] = (("memory", 2, 0), ("no", 2, 2), ("disk", 2, 0))
+    for cache, first, again in cases:
         calls.clear()
         prompts = Prompts(tiny.arch, cache)
         hidden = prompts(["a cat", "a dog", "a cat"]).hidden
