@@ -70,8 +70,6 @@ class Drawings(Pool):
         options: dict[str, Any] = {"steps": method.class_image_steps, "guidance": method.class_image_guidance}
         with progress("class pictures") as show:
             self.latents = trajectory(model, prompts, seeds, **options, progress=show)
-                model, prompts, seeds, steps=method.class_image_steps, guidance=method.class_image_guidance, progress=show
-            )
 
     def at(self, row: int) -> tuple[Tensor, Tensor]:
         latent = self.latents[row : row + 1]
