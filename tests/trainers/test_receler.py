@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.arch.sd import SD
+from toolkit.arch.text import Text
 from toolkit.attention import attention_maps, token_mask
 from toolkit.concepts import Concept, EraseTask
 from toolkit.edits.module import ModuleEdit
@@ -35,7 +36,12 @@ def moved(weights: ModuleWeights) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=seeded("moved"))
 
 
-def attacked(model: Model, objective: Erasing, x: Tensor, t: Tensor, prompt: str, shown: Tensor, place: int) -> Tensor:
+def noting(place: dict[str, Tensor], site: str) -> Any:
+    """A hook that keeps a module's output."""
+    return lambda module, given, output: place.__setitem__(site, output)
+
+
+def attacked(model: Model, x: Tensor, t: Tensor, prompt: str, shown: Tensor, place: int) -> Text:
     """The prompt's rows, with those of the attack written over the ones after its last token; one sample alone."""
     rows = model.arch.encode(["a cat", "a bird"]).hidden[:, 1:].flatten(0, 1)
     noise = torch.randn(3, rows.shape[1], generator=seeded("attack", 7, 5, place))
@@ -43,9 +49,9 @@ def attacked(model: Model, objective: Erasing, x: Tensor, t: Tensor, prompt: str
     optimizer, text = torch.optim.Adam([soft], lr=0.2), model.arch.encode([prompt])
     last = int(text.length[0]) - 1
 
-    def written() -> Any:
+    def written() -> Text:
         hidden = torch.cat([text.hidden[0, :last], soft, text.hidden[0, last + 3 :]])[None]
-        return type(text)(hidden, text.ids, text.length, text.pooled)
+        return Text(hidden, text.ids, text.length, text.pooled)
 
     for _ in range(2):
         optimizer.zero_grad()
@@ -74,13 +80,9 @@ def test_the_loss_is_that_of_the_attacked_concept_and_of_what_is_added_elsewhere
                     c = arch.predict(x, t, arch.encode([prompt]))
                 seen = maps.of_tokens(token_mask(arch, [prompt], [word]), (x.shape[2], x.shape[3]))[0]
             mask = (seen - seen.min()) / (seen.max() - seen.min()) >= 0.4
-            text = attacked(model, objective, x, t, prompt, c, place)
+            text = attacked(model, x, t, prompt, c, place)
             given: dict[str, Tensor] = {}  # what each attention gives, before anything is added
-            note = given.__setitem__
-            handles = [
-                module.register_forward_hook(lambda m, i, y, site=site, note=note: note(site, y), prepend=True)
-                for site, module in sites.items()
-            ]
+            handles = [module.register_forward_hook(noting(given, site), prepend=True) for site, module in sites.items()]
             changed = arch.predict(x, t, text)
             for handle in handles:
                 handle.remove()
@@ -181,7 +183,8 @@ def test_what_would_have_no_effect_is_said(model: Model) -> None:
         Receler(attack_steps=0, attack_tokens=4)
     with pytest.raises(UserError, match="locality_weight is 0, so mask_threshold has no effect"):
         Receler(locality_weight=0.0, mask_threshold=0.5)
-    for wrong in ({"mask_threshold": 0.0}, {"guidance": 1.0}, {"attack_steps": -1}, {"rank": 0}):
+    wrongs: list[dict[str, Any]] = [{"mask_threshold": 0.0}, {"guidance": 1.0}, {"attack_steps": -1}, {"rank": 0}]
+    for wrong in wrongs:
         with pytest.raises(UserError, match=next(iter(wrong))):
             Receler(**wrong)
     with pytest.raises(UserError, match="the longest prompt leaves room for"):
