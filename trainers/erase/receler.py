@@ -54,7 +54,7 @@ class Receler(Trained):
     Defaults
         Rank 128, 500 steps of Adam at 3e-4 with one sample each, eta 1, lambda (`locality_weight`) 0.1, threshold 0.1, 16 soft tokens,
         50 steps of Adam at 0.1 for them, guidance 3 and 50 steps of the sampler are the official code's. Each step of the attack costs
-        as much as a step of training; 5 to 10 do on small models.
+        as much as a step of training: fewer are cheaper, and find less.
 
     Deviations
         In the official code the soft tokens are written into a copy of the prompt, so that they never reach the model: what it trains
