@@ -1,9 +1,9 @@
-"""What training changes: parameters as they are, or low-rank factors beside layers, in the model within a `with` block."""
+"""What training changes in the model within a `with` block: parameters, low-rank factors beside layers, or modules behind attention."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from toolkit.edits.delta import Delta
 from toolkit.edits.low_rank import LowRank
+from toolkit.edits.module import FORMS, ModuleEdit, SmallModule, add_after
 from toolkit.runs import seeded
 
 if TYPE_CHECKING:
@@ -127,6 +128,49 @@ class LoraWeights(Trainable):
         factors = zip(self._linears, self.down, self.up, strict=True)
         trained = LowRank.from_factors({site: (self.scale * up.detach(), down.detach()) for site, down, up in factors}, info)
         return LowRank.merge([self.start, trained], info=info) if self.start else trained
+
+
+class ModuleWeights(Trainable):
+    """y -> y + f(y) for the output y of attention modules, with a small module f for each, which adds nothing at first.
+
+    sites: of `Architecture.attention_sites`. form: of `toolkit.edits.module.FORMS`.
+    """
+
+    def __init__(self, model: Model, sites: Iterable[str], *, form: str, rank: int, seed: int = 0) -> None:
+        super().__init__()
+        self._form, self._handles = form, list[Any]()
+        self._seen: dict[str, Tensor] | None = None
+        known = model.arch.attention_sites()
+        self._attention = {site: known[site] for site in sites}
+        self._weights: dict[str, dict[str, nn.Parameter]] = {}
+        for site in self._attention:
+            start = FORMS[form].start(model.arch.attention_width(site), rank, seeded("module", seed, site))
+            self._weights[site] = {name: nn.Parameter(tensor.to(model.arch.device)) for name, tensor in start.items()}
+        self.weights = nn.ParameterList(weight for weights in self._weights.values() for weight in weights.values())
+
+    def enter(self) -> None:
+        for site, attention in self._attention.items():
+            self._handles.append(add_after(attention, FORMS[self._form], self._weights[site], seen=partial(self._note, site)))
+
+    def leave(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    @contextmanager
+    def added(self) -> Iterator[dict[str, Tensor]]:
+        """Site -> what its module adds in the last prediction of the block [n, tokens, d], with the graph."""
+        self._seen = {}
+        try:
+            yield self._seen
+        finally:
+            self._seen = None
+
+    def edit(self, info: EditInfo) -> ModuleEdit:
+        return ModuleEdit.from_modules({site: SmallModule(self._form, weights) for site, weights in self._weights.items()}, info)
+
+    def _note(self, site: str, added: Tensor) -> None:
+        if self._seen is not None:
+            self._seen[site] = added
 
 
 def _parts(edit: LowRank) -> dict[str, tuple[Tensor, ...]]:

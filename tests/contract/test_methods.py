@@ -24,7 +24,8 @@ from toolkit.sample import sample
 
 METHODS: dict[str, type[Method]] = {name: registry.load("method", name) for name in registry.names("method")}
 CASES = [(name, family) for name, method in METHODS.items() for family in method.architectures]
-QUICK = {"max_train_steps": 2, "trajectories": 2, "sampling_steps": 3}  # what a method may call an option that a test has to keep small
+# what a method may call an option that a test has to keep small
+QUICK = {"max_train_steps": 2, "trajectories": 2, "sampling_steps": 3, "attack_steps": 2}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,6 +160,11 @@ class Architecture(ABC):
     def attention_sites(self) -> dict[str, nn.Module]:
         """Site -> attention module, cross- and self-attention alike."""
 
+    def attention_width(self, site: str) -> int:
+        """Width d of the image's output [n, tokens, d] of one of `attention_sites`."""
+        attention: Any = self.attention_sites()[site]
+        return attention.out_dim
+
     def cross_attention_sites(self) -> dict[str, nn.Module]:
         """Those of `attention_sites` in which the image reads the text and nothing else. Default: those with some of `text_linears`."""
         with_text = {site.rpartition(".")[0] for site in self.text_linears()}

@@ -85,11 +85,12 @@ class Edit(ABC):
 
     @abstractmethod
     def sites(self) -> list[str]:
-        """What it changes: parameter names ("denoiser....to_k.weight") or tokens ("text_encoder:<toy>")."""
+        """What it changes: parameter names ("denoiser....to_k.weight"), tokens ("text_encoder:<toy>") or attention modules."""
 
     @abstractmethod
     def delta(self, site: str) -> Tensor:
-        """What it adds at one of its `sites` at scale 1, dense, float32: a parameter's change, or a token's rows [k, d].
+        """What it adds at one of its `sites` at scale 1, dense, float32: a parameter's change, a token's rows [k, d], or all
+        numbers of what it puts behind a module.
 
         Needs no model. A site that it does not change is a UserError.
         """
@@ -123,8 +124,8 @@ class Edit(ABC):
         """The edits that it is made of with their scales, in the order in which they apply; itself unless it is a chain."""
         return [(self, scale)]
 
-    def enter(self, model: Model) -> Any:
-        """Changes that are not parameter values (tokens, modules). Returns what `leave` needs. Default: none."""
+    def enter(self, model: Model, scale: float = 1.0) -> Any:
+        """Changes that are not parameter values (tokens, modules), at this scale. Returns what `leave` needs. Default: none."""
         return None
 
     def leave(self, model: Model, state: Any) -> None:
