@@ -200,8 +200,8 @@ class Model:
                 value = edit.weight(name, value, scale)
             self._touched[name] = Touched(base, edits)
             parameter.data = value.to(base.dtype)
-        for edit, _ in parts:
-            self._entered.append((edit, edit.enter(self)))
+        for edit, scale in parts:
+            self._entered.append((edit, edit.enter(self, scale)))
         self._attached = attached
 
     def _read_base(self) -> None:

@@ -94,8 +94,8 @@ class _Trainable(TokenEdit):
 
     parameters: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
-    def enter(self, model: Model) -> dict[str, tuple[Any, nn.Module]]:
-        state = super().enter(model)
+    def enter(self, model: Model, scale: float = 1.0) -> dict[str, tuple[Any, nn.Module]]:
+        state = super().enter(model, scale)
         for component, (tokenizer, old) in state.items():
             model.arch.set_token_embedding(component, ExtendedEmbedding(old, self.parameters[component], len(tokenizer)))
         return state

@@ -74,7 +74,7 @@ class Broken(Edit):
             raise RuntimeError("broken weight")
         return super().weight(name, current, scale)
 
-    def enter(self, model: Model) -> Any:
+    def enter(self, model: Model, scale: float = 1.0) -> Any:
         if self.where == "enter":
             raise RuntimeError("broken enter")
 

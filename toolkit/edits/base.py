@@ -123,8 +123,8 @@ class Edit(ABC):
         """The edits that it is made of with their scales, in the order in which they apply; itself unless it is a chain."""
         return [(self, scale)]
 
-    def enter(self, model: Model) -> Any:
-        """Changes that are not parameter values (tokens, modules). Returns what `leave` needs. Default: none."""
+    def enter(self, model: Model, scale: float = 1.0) -> Any:
+        """Changes that are not parameter values (tokens, modules), at this scale. Returns what `leave` needs. Default: none."""
         return None
 
     def leave(self, model: Model, state: Any) -> None:

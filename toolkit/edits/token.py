@@ -84,7 +84,7 @@ class TokenEdit(Edit):
     def writes(self) -> frozenset[str]:
         return frozenset({"tokens"})
 
-    def enter(self, model: Model) -> dict[str, tuple[Any, nn.Module]]:
+    def enter(self, model: Model, scale: float = 1.0) -> dict[str, tuple[Any, nn.Module]]:
         """Extend tokenizers and embeddings. Returns the old ones by component. Nothing is changed when it raises."""
         arch = model.arch
         tokenizers, embeddings = arch.tokenizers(), arch.token_embeddings()

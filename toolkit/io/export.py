@@ -41,7 +41,8 @@ def export(edit: Edit, format: str, path: str | Path, model: Model | None = None
         raise unknown("export format", format, FORMATS)
     for part, _ in edit.parts():
         if format not in part.exports:
-            raise UserError(f"a {part.kind()} edit cannot be written as {format}; export it as {' or '.join(part.exports) or 'nothing'}")
+            remedy = f"export it as {' or '.join(part.exports)}" if part.exports else "no other tool reads it; attach it when sampling"
+            raise UserError(f"a {part.kind()} edit cannot be written as {format}; {remedy}")
     path = Path(path)
     if model is None and format != "embedding":
         raise UserError(f"{format} needs the model that the edit is for; give --model")
