@@ -18,6 +18,7 @@ from toolkit.pictures import pictures
 from toolkit.runs import seeded
 from toolkit.sample import trajectory
 from trainers.erase.few_shot import Ascent, FewShot
+from trainers.erase.pictures import Pictures
 from trainers.loop import Batch
 from trainers.photos import load_photos, to_latents
 
@@ -97,7 +98,7 @@ def test_trained_it_is_further_from_the_pictures(model: Model) -> None:
 
     def error() -> float:
         objective = Ascent(model, method, TASK)
-        objective.latents = before.latents
+        objective.pictures = before.pictures
         return -sum(objective.loss(Batch(step))[0].item() for step in range(20))
 
     before = Ascent(model, method, TASK)
@@ -116,15 +117,15 @@ def test_a_batch_in_parts_is_the_same(model: Model) -> None:
 def test_pictures_of_a_folder_come_in_turn(model: Model, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method = FewShot(images=folder)
     objective = Ascent(model, method, EraseTask((Concept("cat"),), templates=("a {}", "one {}")))
-    assert torch.equal(objective.latents, to_latents(model.arch, load_photos(pictures(folder), 16)))
-    assert objective.prompts == [["a cat", "one cat"]] * 3
-    seen, always = [], Ascent._in_turn
+    assert torch.equal(objective.pictures.latents, to_latents(model.arch, load_photos(pictures(folder), 16)))
+    assert objective.pictures.prompts == [["a cat", "one cat"]] and objective.pictures.concepts == [0, 0, 0]
+    seen, always = [], Pictures._in_turn
 
-    def noting(self: Ascent, number: int) -> int:
-        seen.append(always(self, number))
+    def noting(self: Pictures, what: str, seed: int, number: int) -> int:
+        seen.append(always(self, what, seed, number))
         return seen[-1]
 
-    monkeypatch.setattr(Ascent, "_in_turn", noting)
+    monkeypatch.setattr(Pictures, "_in_turn", noting)
     for step in range(6):
         objective.loss(Batch(step))
     assert all(set(seen[i : i + 3]) == {0, 1, 2} for i in range(0, 12, 3)) and Counter(seen) == {0: 4, 1: 4, 2: 4}

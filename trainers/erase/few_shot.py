@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -14,15 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.concepts import Concept, EraseTask, Task
-from toolkit.errors import UserError
 from toolkit.method import option
-from toolkit.pictures import pictures
-from toolkit.runs import progress, seeded
-from toolkit.sample import trajectory
-from trainers.erase.prompts import concept_prompts, erase_task
+from trainers.erase.pictures import Pictures, check_pictures
+from trainers.erase.prompts import erase_task
 from trainers.loop import Batch, LoopConfig, Objective
 from trainers.method import Trained
-from trainers.photos import load_photos, to_latents
 from trainers.weights import FullWeights
 
 if TYPE_CHECKING:
@@ -30,7 +25,6 @@ if TYPE_CHECKING:
     from toolkit.model import Model
 
 BETAS, EPS = (0.9, 0.98), 1e-6  # of the optimizer
-DRAWING = ("n_images", "sampling_steps", "guidance")  # options of pictures that the model draws
 
 
 @dataclass(frozen=True)
@@ -79,18 +73,11 @@ class FewShot(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.n_images, self.sampling_steps) < 1:
-            raise UserError(f"n_images is {self.n_images}, sampling_steps {self.sampling_steps}; give at least 1 of each")
-        given = [field.name for field in fields(self) if field.name in DRAWING and getattr(self, field.name) != field.default]
-        if self.images is not None and given:
-            raise UserError(f"{', '.join(given)} given beside images, with which nothing is drawn; leave out one of the two")
+        check_pictures(self)
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
-        task = erase_task(task, None)
-        if anchors := [concept.anchor for concept in task.concepts if concept.anchor is not None]:
-            warnings.warn(f"this method takes no anchor, so anchor {anchors[0]!r} has no effect; leave it out", stacklevel=2)
-        ascent = Ascent(model, self, task)
+        ascent = Ascent(model, self, erase_task(task, None, anchors=False))
         with ascent.weights:
             yield ascent, ascent.weights.edit
 
@@ -101,23 +88,12 @@ class FewShot(Trained):
 
 
 class Ascent(Objective):
-    """The denoiser's error on pictures of the concepts, with its sign turned, as a function of the text encoder.
-
-    latents: [n, c, h', w'] of the pictures. prompts: for each of them, those that it may be trained with.
-    """
+    """The denoiser's error on pictures of the concepts, with its sign turned, as a function of the text encoder."""
 
     def __init__(self, model: Model, method: FewShot, task: EraseTask) -> None:
         self.module = self.weights = FullWeights(model, model.arch.encoder_mlps_and_last_attention())
         self.arch, self.method = model.arch, method
-        each = [[prompt for prompt, _ in concept_prompts(replace(task, concepts=(concept,)))] for concept in task.concepts]
-        if method.images is None:
-            self.prompts = [prompts for prompts in each for _ in range(method.n_images)]
-            self.latents = drawings(model, [prompts[i % len(prompts)] for prompts in each for i in range(method.n_images)], method)
-            return
-        if len(each) > 1:
-            raise UserError(f"images are of one concept, and the task has {len(each)}; erase one at a time, or give no images")
-        self.latents = to_latents(model.arch, load_photos(pictures(method.images), model.arch.image_size))
-        self.prompts = each * len(self.latents)
+        self.pictures = Pictures.of(model, method, task)
 
     def optimizer(self, parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
         made = super().optimizer(parameters, replace(config, betas=BETAS))
@@ -126,24 +102,6 @@ class Ascent(Objective):
         return made
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        own = batch.places(self.method.train_batch_size)
-        chosen = [self._in_turn(batch.step * batch.parts * len(own) + place) for place in own]
-        draws = [seeded("few_shot", self.method.seed, batch.step, place) for place in own]
-        prompts = [self.prompts[i][int(torch.randint(len(self.prompts[i]), (), generator=d))] for i, d in zip(chosen, draws, strict=True)]
-        t = torch.stack([torch.randint(self.arch.train_timesteps, (), generator=draw) for draw in draws]).to(self.latents.device)
-        noise = torch.stack([torch.randn(self.latents.shape[1:], generator=draw) for draw in draws]).to(self.latents)
-        z = self.latents[torch.tensor(chosen)]
-        output = self.arch.predict(self.arch.add_noise(z, noise, t), t, self.arch.encode(prompts, grad=True))
-        return -F.mse_loss(output, self.arch.target(z, noise, t)), {}
-
-    def _in_turn(self, number: int) -> int:
-        """The picture of the sample with this number, counted from the first of the first step."""
-        turn, place = divmod(number, len(self.latents))
-        return int(torch.randperm(len(self.latents), generator=seeded("few_shot round", self.method.seed, turn))[place])
-
-
-def drawings(model: Model, prompts: list[str], method: FewShot) -> Tensor:
-    """Latents of what the model draws of these prompts, each with a seed of its own."""
-    seeds = range(method.seed, method.seed + len(prompts))
-    with progress("pictures") as show:
-        return trajectory(model, prompts, seeds, steps=method.sampling_steps, guidance=method.guidance, progress=show)
+        seen = self.pictures.noised("few_shot", self.method.seed, batch, self.method.train_batch_size)
+        output = self.arch.predict(seen.latents, seen.t, self.arch.encode(seen.prompts, grad=True))
+        return -F.mse_loss(output, seen.target), {}

@@ -9,10 +9,11 @@ from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 
 
-def erase_task(task: Task, preserve_weight: float | None = 1.0, *, needs_preserved: bool = True) -> EraseTask:
+def erase_task(task: Task, preserve_weight: float | None = 1.0, *, anchors: bool = True, needs_preserved: bool = True) -> EraseTask:
     """The task, which must be one to erase. Preserved prompts without weight are warned of, and weight without any is a UserError.
 
-    preserve_weight: None for a method that has no such weight. needs_preserved: False for one that has more to keep than the task says.
+    preserve_weight: None for a method that has no such weight. anchors: False for a method that takes none, and warns of them.
+    needs_preserved: False for one that has more to keep than the task says.
     """
     if not isinstance(task, EraseTask):
         raise UserError(f"given a {type(task).__name__}, needs an EraseTask; this method erases concepts")
@@ -23,6 +24,9 @@ def erase_task(task: Task, preserve_weight: float | None = 1.0, *, needs_preserv
         warnings.warn(why, stacklevel=2)
     if preserve_weight and needs_preserved and not task.preserve:
         raise UserError(f"preserve_weight is {preserve_weight}, and nothing is preserved; name what to preserve, or set it to 0")
+    given = [concept.anchor for concept in task.concepts if concept.anchor is not None]
+    if given and not anchors:
+        warnings.warn(f"this method takes no anchor, so anchor {given[0]!r} has no effect; leave it out", stacklevel=2)
     return task
 
 

@@ -1,0 +1,114 @@
+"""Pictures of the concepts that are erased, for methods that train on them: a folder of the user's, or what the model draws itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import UserError
+from toolkit.pictures import pictures
+from toolkit.runs import progress, seeded
+from toolkit.sample import trajectory
+from trainers.erase.prompts import concept_prompts
+from trainers.photos import load_photos, to_latents
+
+if TYPE_CHECKING:
+    from toolkit.arch.base import Architecture
+    from toolkit.concepts import EraseTask
+    from toolkit.model import Model
+    from trainers.loop import Batch
+
+DRAWING = ("n_images", "sampling_steps", "guidance")  # options of pictures that the model draws
+
+
+class PictureOptions(Protocol):
+    """What a method that trains on pictures has among its options."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def images(self) -> str | None: ...
+    @property
+    def n_images(self) -> int: ...
+    @property
+    def sampling_steps(self) -> int: ...
+    @property
+    def guidance(self) -> float | None: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def check_pictures(method: PictureOptions) -> None:
+    """A UserError when there would be no pictures, or when options of the drawing are given beside a folder."""
+    if min(method.n_images, method.sampling_steps) < 1:
+        raise UserError(f"n_images is {method.n_images}, sampling_steps {method.sampling_steps}; give at least 1 of each")
+    given = [field.name for field in fields(method) if field.name in DRAWING and getattr(method, field.name) != field.default]
+    if method.images is not None and given:
+        raise UserError(f"{', '.join(given)} given beside images, with which nothing is drawn; leave out one of the two")
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Pictures with noise.
+
+    latents [n, c, h', w'], at t [n]. target, like the latents: what training asks of the denoiser there. prompts: one for each.
+    """
+
+    latents: Tensor
+    t: Tensor
+    target: Tensor
+    prompts: list[str]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of concepts, and the prompts that they may be trained with.
+
+    latents: [n, c, h', w']. concepts: which of them each picture is of. prompts: of each concept.
+    """
+
+    arch: Architecture
+    latents: Tensor
+    concepts: Sequence[int]
+    prompts: Sequence[Sequence[str]]
+
+    @classmethod
+    def of(cls, model: Model, method: PictureOptions, task: EraseTask) -> Self:
+        """Those of the folder, which are of the task's only concept, or the model's drawings of every template around every word."""
+        each = prompts_of(task)
+        if method.images is not None:
+            if len(each) > 1:
+                raise UserError(f"images are of one concept, and the task has {len(each)}; erase one at a time, or give no images")
+            latents = to_latents(model.arch, load_photos(pictures(method.images), model.arch.image_size))
+            return cls(model.arch, latents, [0] * len(latents), each)
+        drawn = [prompts[i % len(prompts)] for prompts in each for i in range(method.n_images)]
+        seeds = range(method.seed, method.seed + len(drawn))
+        with progress("pictures") as show:
+            latents = trajectory(model, drawn, seeds, steps=method.sampling_steps, guidance=method.guidance, progress=show)
+        return cls(model.arch, latents, [concept for concept in range(len(each)) for _ in range(method.n_images)], each)
+
+    def noised(self, what: str, seed: int, batch: Batch, size: int) -> Noised:
+        """The samples of a part of a step's batch: pictures in turn, and what is drawn from the step and their places alone."""
+        own = batch.places(size)
+        chosen = [self._in_turn(what, seed, batch.step * batch.parts * size + place) for place in own]
+        draws = [seeded(what, seed, batch.step, place) for place in own]
+        asked = [self.prompts[self.concepts[picture]] for picture in chosen]
+        prompts = [some[int(torch.randint(len(some), (), generator=draw))] for some, draw in zip(asked, draws, strict=True)]
+        t = torch.stack([torch.randint(self.arch.train_timesteps, (), generator=draw) for draw in draws]).to(self.latents.device)
+        noise = torch.stack([torch.randn(self.latents.shape[1:], generator=draw) for draw in draws]).to(self.latents)
+        z = self.latents[torch.tensor(chosen)]
+        return Noised(self.arch.add_noise(z, noise, t), t, self.arch.target(z, noise, t), prompts)
+
+    def _in_turn(self, what: str, seed: int, number: int) -> int:
+        """The picture of the sample with this number, counted from the first of the first step."""
+        turn, place = divmod(number, len(self.latents))
+        return int(torch.randperm(len(self.latents), generator=seeded(f"{what} round", seed, turn))[place])
+
+
+def prompts_of(task: EraseTask) -> list[list[str]]:
+    """Every template around every word, for each concept."""
+    return [[prompt for prompt, _ in concept_prompts(replace(task, concepts=(concept,)))] for concept in task.concepts]
