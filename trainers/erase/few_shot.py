@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -17,9 +17,9 @@ from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.pictures import pictures
-from toolkit.runs import progress, seeded
-from toolkit.sample import trajectory
+from toolkit.runs import seeded
 from trainers.erase.prompts import concept_prompts, erase_task
+from trainers.erase.samples import drawings, given
 from trainers.loop import Batch, LoopConfig, Objective
 from trainers.method import Trained
 from trainers.photos import load_photos, to_latents
@@ -81,9 +81,9 @@ class FewShot(Trained):
         super().__post_init__()
         if min(self.n_images, self.sampling_steps) < 1:
             raise UserError(f"n_images is {self.n_images}, sampling_steps {self.sampling_steps}; give at least 1 of each")
-        given = [field.name for field in fields(self) if field.name in DRAWING and getattr(self, field.name) != field.default]
-        if self.images is not None and given:
-            raise UserError(f"{', '.join(given)} given beside images, with which nothing is drawn; leave out one of the two")
+        drawing = given(self, DRAWING)
+        if self.images is not None and drawing:
+            raise UserError(f"{', '.join(drawing)} given beside images, with which nothing is drawn; leave out one of the two")
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
@@ -112,7 +112,9 @@ class Ascent(Objective):
         each = [[prompt for prompt, _ in concept_prompts(replace(task, concepts=(concept,)))] for concept in task.concepts]
         if method.images is None:
             self.prompts = [prompts for prompts in each for _ in range(method.n_images)]
-            self.latents = drawings(model, [prompts[i % len(prompts)] for prompts in each for i in range(method.n_images)], method)
+            asked = [prompts[i % len(prompts)] for prompts in each for i in range(method.n_images)]
+            options = {"steps": method.sampling_steps, "guidance": method.guidance}
+            self.latents = drawings(model, asked, first_seed=method.seed, **options)
             return
         if len(each) > 1:
             raise UserError(f"images are of one concept, and the task has {len(each)}; erase one at a time, or give no images")
@@ -140,10 +142,3 @@ class Ascent(Objective):
         """The picture of the sample with this number, counted from the first of the first step."""
         turn, place = divmod(number, len(self.latents))
         return int(torch.randperm(len(self.latents), generator=seeded("few_shot round", self.method.seed, turn))[place])
-
-
-def drawings(model: Model, prompts: list[str], method: FewShot) -> Tensor:
-    """Latents of what the model draws of these prompts, each with a seed of its own."""
-    seeds = range(method.seed, method.seed + len(prompts))
-    with progress("pictures") as show:
-        return trajectory(model, prompts, seeds, steps=method.sampling_steps, guidance=method.guidance, progress=show)
