@@ -81,6 +81,7 @@ class Objective(ABC):
     """What a training method is: trainable parameters and a loss."""
 
     module: nn.Module  # everything trainable, and nothing else that should be saved
+    turns: int = 1  # how many things take turns in being trained; a method's max_train_steps are of each
 
     def optimizer(self, parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
         """The one that the options name, unless a method's paper says otherwise."""

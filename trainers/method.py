@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -68,8 +68,9 @@ class Trained(TrainedMethod, ABC):
         began, triggers = time.perf_counter(), [subject.token for subject in getattr(task, "subjects", ())]
         with self.objective(model, task) as (objective, edit), _checkpointing(model, self.gradient_checkpointing):
             of, after = run_of(self, model, task), samples(model, run)
-            losses = train(objective, self.loop(), run, title=self.name(), after=after, in_place=True, quiet=True, of=of)
-            notes = {"seconds": round(time.perf_counter() - began, 3), "steps": self.max_train_steps, "loss": summary(losses)}
+            loop = replace(self.loop(), max_train_steps=self.max_train_steps * objective.turns)
+            losses = train(objective, loop, run, title=self.name(), after=after, in_place=True, quiet=True, of=of)
+            notes = {"seconds": round(time.perf_counter() - began, 3), "steps": loop.max_train_steps, "loss": summary(losses)}
             return edit(model.info(self, triggers, notes))
 
     def loop(self) -> LoopConfig:

@@ -14,7 +14,7 @@ from pipelines.closed_form.merging import text_parts, to_merge
 from pipelines.closed_form.prior import PRIOR_HELP, ROWS, ROWS_HELP, SCALE, SCALE_HELP, PriorRows, caption_prior
 from pipelines.closed_form.rows import encode, encode_concept
 from toolkit.concepts import Concept, MergeTask, Task
-from toolkit.edits.base import EditInfo
+from toolkit.edits.base import Edit, EditInfo
 from toolkit.edits.low_rank import LowRank
 from toolkit.errors import UserError
 from toolkit.method import Method, Score, option
@@ -67,7 +67,10 @@ class MACEFuse(Method):
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve once. There is nothing to choose among, so `score` is not called."""
-        pairs = list(to_merge(task))
+        return self.fuse(model, list(to_merge(task)))
+
+    def fuse(self, model: Model, pairs: Sequence[tuple[Edit, Concept]], preserve: Sequence[str] = ()) -> LowRank:
+        """The same for edits with what each is about, also for one alone. preserve: prompts that are kept like the empty one."""
         edits = [text_parts(model, edit, LowRank) for edit, _ in pairs]
         if not 0 <= self.preserve_scale < float("inf"):
             raise UserError(f"preserve_scale is {self.preserve_scale}, needs a number of at least 0; give such a weight")
@@ -77,11 +80,11 @@ class MACEFuse(Method):
         for edit, concept in pairs:
             with model.attached(edit):  # which also says whether it fits this model
                 prompts.append(encode_concept(model.arch, concept, TEMPLATES[concept.kind]))
-        empty = encode(model.arch, [""])
+        kept = encode(model.arch, ["", *preserve])
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for name, stream in model.arch.text_streams().items():
             rows = [torch.cat([prompt.hidden[prompt.leading :] for prompt in placed[name]]) for placed in prompts]
-            keep = self.preserve_scale * second_moment(torch.cat([segment.rows[0] for segment in stream.segments(empty)]))
+            keep = self.preserve_scale * second_moment(torch.cat([segment.rows.flatten(0, 1) for segment in stream.segments(kept)]))
             if name in prior.moments:
                 keep += prior.moments[name]
             parts = [
