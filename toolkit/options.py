@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 from toolkit.errors import UserError, unknown
@@ -26,6 +27,18 @@ class Configured:
     def config(self) -> dict[str, Any]:
         """The options as JSON values."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def changed(self, names: Iterable[str] | None = None) -> list[str]:
+        """Those of its options, or of these, that are not at their defaults."""
+        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]  # type: ignore[arg-type]
+        return given if names is None else [name for name in given if name in names]
+
+    def at_least(self, least: float, *names: str) -> None:
+        """A UserError for the first of these options that is smaller; None is none."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}, needs at least {least}; give a larger number")
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:

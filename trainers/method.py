@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from toolkit.edits.base import Edit, EditInfo
     from toolkit.model import Model
 
-COUNTS = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
 SAMPLE_STEPS = 20
 
 
@@ -49,9 +48,7 @@ class Trained(TrainedMethod, ABC):
     training_free: ClassVar = False
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, needs at least 1; give a larger number")
+        self.at_least(1, "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise UserError("lr_warmup_steps has no effect with lr_scheduler constant; give constant_with_warmup")
 

@@ -13,9 +13,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from toolkit.errors import UserError
+from toolkit.runs import progress
+from toolkit.sample import trajectory
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
+    from toolkit.model import Model
 
 _BATCH = 8  # pictures per call of the image encoder
 
@@ -71,6 +74,15 @@ def open_photo(path: Path) -> Image.Image:
         raise UserError(f"cannot read picture {path} ({error}); give a complete PNG, JPEG or WebP file") from error
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def drawings(
+    model: Model, prompts: Sequence[str], *, first_seed: int, steps: int, guidance: float | None, title: str = "pictures"
+) -> Tensor:
+    """Latents [n, c, h', w'] of what the model draws of these prompts, each with a seed of its own."""
+    seeds = range(first_seed, first_seed + len(prompts))
+    with progress(title) as show:
+        return trajectory(model, prompts, seeds, steps=steps, guidance=guidance, progress=show)
 
 
 def _wide_and_high(size: Size) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,9 +16,8 @@ from toolkit.concepts import Subject
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.pictures import captions_of, pictures
-from toolkit.runs import progress
-from toolkit.sample import trajectory
 from trainers.loop import Batch
+from trainers.photos import drawings
 from trainers.subjects import Denoising, Learned, Photos, Pool, Prompts
 from trainers.weights import Trainable
 
@@ -42,8 +41,7 @@ class Preserving(Learned, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        changed = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
-        unused = [name for name in (*DRAWING, "prior_weight") if name in changed]
+        unused = self.changed((*DRAWING, "prior_weight"))
         if self.prior == "prediction":
             unused = [name for name in unused if name != "prior_weight"]
         if self.prior == "images":
@@ -66,10 +64,8 @@ class Drawings(Pool):
         super().__init__(
             model.arch, [f"a drawing of {prompt!r}" for prompt in prompts], [(prompt,) for prompt in prompts], [(side, side)] * len(prompts)
         )
-        seeds = range(method.seed, method.seed + len(prompts))
         options: dict[str, Any] = {"steps": method.class_image_steps, "guidance": method.class_image_guidance}
-        with progress("class pictures") as show:
-            self.latents = trajectory(model, prompts, seeds, **options, progress=show)
+        self.latents = drawings(model, prompts, first_seed=method.seed, **options, title="class pictures")
 
     def at(self, row: int) -> tuple[Tensor, Tensor]:
         latent = self.latents[row : row + 1]

@@ -6,7 +6,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -47,8 +47,7 @@ class Learned(Trained, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.snr_gamma < 0:
-            raise UserError(f"snr_gamma is {self.snr_gamma}, needs at least 0; give such a number, or 0 for no weighting")
+        self.at_least(0, "snr_gamma")
         for template in self.templates:
             if "{}" not in template:
                 raise UserError(f"template {template!r} has no place for the word; write {{}} where it goes")
@@ -57,8 +56,7 @@ class Learned(Trained, ABC):
         """Those of the task, which must be one to learn some. Options about masks that it has none of are a UserError."""
         if not isinstance(task, CustomizeTask):
             raise UserError(f"given a {type(task).__name__}, needs a CustomizeTask; this method learns subjects")
-        default = next(item.default for item in fields(self) if item.name == "mask_normalization")
-        if self.mask_normalization != default and not any(subject.masks for subject in task.subjects):
+        if self.changed(["mask_normalization"]) and not any(subject.masks for subject in task.subjects):
             raise UserError(f"mask_normalization {self.mask_normalization} has no effect without masks; give masks, or leave it out")
         return task.subjects
 

@@ -60,8 +60,7 @@ class DreamBoothLora(Preserving):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise UserError(f"rank is {self.rank}, needs at least 1; give a larger number")
+        self.at_least(1, "rank")
         if self.train_text_encoder and self.cache == "disk":
             raise UserError("cache disk with train_text_encoder: prompts change as it learns, and cannot be kept; set cache to memory")
 

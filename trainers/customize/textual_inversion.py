@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from toolkit.concepts import CustomizeTask, Subject, Task
-from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.prompt_search import TokenRows
 from toolkit.world.scenes import ASSETS
@@ -65,8 +64,7 @@ class TextualInversion(Learned):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_vectors < 1:
-            raise UserError(f"num_vectors is {self.num_vectors}, needs at least 1; give a larger number")
+        self.at_least(1, "num_vectors")
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:

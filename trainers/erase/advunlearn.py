@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -91,18 +91,14 @@ class AdvUnlearn(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = {name: getattr(self, name) for name in ("trajectories", "sampling_steps", "attack_tokens", "attack_steps", "layers")}
-        for name, value in {**counts, "preserve_per_sample": self.preserve_per_sample}.items():
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}, needs at least 1; give a larger number")
+        self.at_least(1, "trajectories", "sampling_steps", "attack_tokens", "attack_steps", "layers", "preserve_per_sample")
         if self.guidance <= 1 or self.preserve_weight < 0 or self.attack_learning_rate <= 0:
             given = f"guidance {self.guidance}, preserve_weight {self.preserve_weight}, attack_learning_rate {self.attack_learning_rate}"
             raise UserError(f"{given}; needs more than 1, at least 0, and more than 0")
-        defaults = {field.name: field.default for field in fields(self)}
-        idle = [name for name in ATTACK if getattr(self, name) != defaults[name]]
+        idle = self.changed(ATTACK)
         if idle and not self.adversarial:
             raise UserError(f"{', '.join(idle)} given, and adversarial is false, so that nothing attacks; leave one of the two out")
-        if not self.preserve_weight and self.preserve_per_sample != defaults["preserve_per_sample"]:
+        if not self.preserve_weight and self.changed(["preserve_per_sample"]):
             raise UserError(f"preserve_per_sample is {self.preserve_per_sample}, and preserve_weight 0; leave one of the two out")
         if self.warmup_steps is not None and not 0 <= self.warmup_steps < self.max_train_steps:
             raise UserError(f"warmup_steps is {self.warmup_steps} of {self.max_train_steps} steps; give at least 0, and fewer than all")

@@ -119,15 +119,15 @@ class ErasingTogether(Objective):
     def __init__(self, model: Model, method: CRCE, task: EraseTask, certainty: Mapping[str, float]) -> None:
         self.module = self.weights = FullWeights(model, parameter_names(model.arch, method.parameters))
         self.arch, self.method, self.certainty, self.preserve = model.arch, method, certainty, task.preserve
-        self.turns = [_turn(task, i) for i in range(method.trajectories)]
-        prompts = [template.format(concept.name) for concept, template in self.turns]
-        bases = [template.format(concept.anchor) if concept.anchor else "" for concept, template in self.turns]
+        self.each = [_turn(task, i) for i in range(method.trajectories)]
+        prompts = [template.format(concept.name) for concept, template in self.each]
+        bases = [template.format(concept.anchor) if concept.anchor else "" for concept, template in self.each]
         seeds = range(method.seed, method.seed + len(prompts))
         options = {"steps": method.sampling_steps, "guidance": method.guidance}
         seen = Trajectories.of(model, prompts, seeds, beside={"base": bases}, **options)
         self.start = seen.outputs["base"] + method.eta * seen.outputs["negative"]  # s(p) is this less eta e*(p)
         self.drawn = Samples(model.arch, prompts, seen.latents, seen.t, self.start - method.eta * seen.outputs["prompt"])
-        around = dict.fromkeys(template.format(word) for concept, template in self.turns for word in concept.synonyms)
+        around = dict.fromkeys(template.format(word) for concept, template in self.each for word in concept.synonyms)
         self.place = {prompt: place for place, prompt in enumerate(dict.fromkeys([*around, *task.preserve]))}
         self.text: Text | None = model.arch.encode(list(self.place)) if self.place else None
 
@@ -159,7 +159,7 @@ class ErasingTogether(Objective):
         """The coreferents and what is kept for the samples of a batch, given their places in the step's and their trajectories."""
         method, coreferents, kept = self.method, list[Asked](), list[Asked]()
         for sample, (place, row) in enumerate(samples):
-            (concept, template), key = self.turns[row], (method.seed, step, place)
+            (concept, template), key = self.each[row], (method.seed, step, place)
             if method.coreferent_weight:
                 words = _some(concept.synonyms, method.coreferents_per_sample, "coreferents", *key)
                 coreferents += [(sample, template.format(word), self._weight(word) / len(words)) for word in words]

@@ -13,9 +13,9 @@ from torch import Tensor
 from toolkit.arch.text import Text
 from toolkit.concepts import EraseTask
 from toolkit.errors import UserError
-from toolkit.runs import progress, seeded
-from toolkit.sample import trajectory
+from toolkit.runs import seeded
 from trainers.erase.prompts import concept_prompts
+from trainers.photos import drawings
 
 if TYPE_CHECKING:
     from toolkit.model import Model
@@ -73,10 +73,8 @@ class Drawings:
     def __init__(self, model: Model, method: Drawing, asked: Mapping[str, Sequence[str]]) -> None:
         self.arch, self.method = model.arch, method
         self.drawn = list(islice(cycle(asked), method.trajectories))
-        seeds = range(method.seed, method.seed + len(self.drawn))
         options = {"steps": method.sampling_steps, "guidance": method.guidance}
-        with progress("drawings") as show:
-            self.x0 = trajectory(model, self.drawn, seeds, progress=show, **options).cpu()  # [n, c, h', w']
+        self.x0 = drawings(model, self.drawn, first_seed=method.seed, **options).cpu()  # [n, c, h', w']
         self.asked = asked
         used = dict.fromkeys(prompt for base in dict.fromkeys(self.drawn) for prompt in (base, *asked[base]))
         self.place, self.text = {prompt: row for row, prompt in enumerate(used)}, model.arch.encode(list(used))

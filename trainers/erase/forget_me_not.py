@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -89,7 +89,7 @@ class ForgetMeNot(Trained):
         if self.inversion_steps < 0 or self.inversion_vectors < 1:
             given = f"inversion_steps is {self.inversion_steps}, inversion_vectors {self.inversion_vectors}"
             raise UserError(f"{given}; give at least 0 and at least 1")
-        given = [field.name for field in fields(self) if field.name in INVERSION and getattr(self, field.name) != field.default]
+        given = self.changed(INVERSION)
         if given and not self.inversion_steps:
             raise UserError(f"{', '.join(given)} given without inversion_steps, so that no word is looked for; give it, or leave them out")
 

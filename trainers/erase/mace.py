@@ -23,10 +23,10 @@ from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.pictures import masks_of, pictures
 from toolkit.runs import seeded
-from trainers.erase.samples import drawings, given
+from trainers.erase.pictures import check_pictures
 from trainers.loop import Batch, Objective
 from trainers.method import Trained
-from trainers.photos import load_masks, load_photos, to_latents
+from trainers.photos import drawings, load_masks, load_photos, to_latents
 from trainers.weights import LoraWeights, Trainable
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from toolkit.edits.base import Edit
     from toolkit.model import Model
 
-DRAWING = ("n_images", "sampling_steps", "guidance")  # options of pictures that the model draws
 FOCUS, SHARPNESS = (200, 400), 0.05  # the thousandths of all timesteps between which most samples are, and how abruptly that begins
 LEVELS = (0.3, 0.5, 0.7)  # parts of all timesteps at which a picture's region is looked for
 TOGETHER = 8  # pictures whose regions are looked for at once
@@ -97,15 +96,13 @@ class MACE(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.rank, self.n_images, self.sampling_steps) < 1 or not 0 <= self.region_threshold < 1:
-            what = f"rank is {self.rank}, n_images {self.n_images}, sampling_steps {self.sampling_steps}"
-            raise UserError(f"{what}, region_threshold {self.region_threshold}; needs at least 1, 1, 1, and at least 0 and below 1")
-        drawing = given(self, DRAWING)
-        if self.images is not None and drawing:
-            raise UserError(f"{', '.join(drawing)} given beside images, with which nothing is drawn; leave out one of the two")
+        check_pictures(self)
+        self.at_least(1, "rank")
+        if not 0 <= self.region_threshold < 1:
+            raise UserError(f"region_threshold is {self.region_threshold}, needs at least 0 and below 1; give such a number")
         if self.masks is not None and self.images is None:
             raise UserError("masks given without images, whose regions they say; give the folder of the images, or no masks")
-        if self.masks is not None and given(self, ["region_threshold"]):
+        if self.masks is not None and self.changed(["region_threshold"]):
             raise UserError("region_threshold given beside masks, which say the regions; leave out one of the two")
 
     @contextmanager

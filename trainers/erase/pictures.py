@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.pictures import pictures
-from toolkit.runs import progress, seeded
-from toolkit.sample import trajectory
+from toolkit.runs import seeded
 from trainers.erase.prompts import concept_prompts
-from trainers.photos import load_photos, to_latents
+from trainers.photos import drawings, load_photos, to_latents
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
@@ -28,8 +27,8 @@ DRAWING = ("n_images", "sampling_steps", "guidance")  # options of pictures that
 class PictureOptions(Protocol):
     """What a method that trains on pictures has among its options."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
+    def changed(self, names: Iterable[str] | None = None) -> list[str]: ...
+    def at_least(self, least: float, *names: str) -> None: ...
     @property
     def images(self) -> str | None: ...
     @property
@@ -44,9 +43,8 @@ class PictureOptions(Protocol):
 
 def check_pictures(method: PictureOptions) -> None:
     """A UserError when there would be no pictures, or when options of the drawing are given beside a folder."""
-    if min(method.n_images, method.sampling_steps) < 1:
-        raise UserError(f"n_images is {method.n_images}, sampling_steps {method.sampling_steps}; give at least 1 of each")
-    given = [field.name for field in fields(method) if field.name in DRAWING and getattr(method, field.name) != field.default]
+    method.at_least(1, "n_images", "sampling_steps")
+    given = method.changed(DRAWING)
     if method.images is not None and given:
         raise UserError(f"{', '.join(given)} given beside images, with which nothing is drawn; leave out one of the two")
 
@@ -86,9 +84,7 @@ class Pictures:
             latents = to_latents(model.arch, load_photos(pictures(method.images), model.arch.image_size))
             return cls(model.arch, latents, [0] * len(latents), each)
         drawn = [prompts[i % len(prompts)] for prompts in each for i in range(method.n_images)]
-        seeds = range(method.seed, method.seed + len(drawn))
-        with progress("pictures") as show:
-            latents = trajectory(model, drawn, seeds, steps=method.sampling_steps, guidance=method.guidance, progress=show)
+        latents = drawings(model, drawn, first_seed=method.seed, steps=method.sampling_steps, guidance=method.guidance)
         return cls(model.arch, latents, [concept for concept in range(len(each)) for _ in range(method.n_images)], each)
 
     def noised(self, what: str, seed: int, batch: Batch, size: int) -> Noised:

@@ -106,20 +106,17 @@ class RealEra(Trained):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.embedding().check()
-        for name in ("trajectories", "sampling_steps", "rank"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, needs at least 1; give a larger number")
+        self.at_least(1, "trajectories", "sampling_steps", "rank")
         if self.guidance <= 1 or min(self.neighbour_weight, self.beyond_weight) <= 0:
             given = f"guidance {self.guidance}, neighbour_weight {self.neighbour_weight}, beyond_weight {self.beyond_weight}"
             raise UserError(f"{given}; needs more than 1, 0 and 0; to leave one of the two kinds out, give neighbours or beyond 0")
-        changed = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
         for without, unread in (
             ("closed_form false", () if self.closed_form else ("rows", "erase_scale", "preserve_scale", "preserve_rows", "lamb")),
             ("neighbours 0", () if self.neighbours else ("neighbour_weight", "max_similarity")),
             ("beyond 0", () if self.beyond else ("beyond_weight", "beyond_radius")),
             ("neighbours 0 and beyond 0", () if self.neighbours or self.beyond else ("radius", "min_similarity")),
         ):
-            if given := [name for name in unread if name in changed]:
+            if given := self.changed(unread):
                 raise UserError(f"{', '.join(given)} given beside {without}, which leaves it without effect; leave out one of the two")
 
     def embedding(self) -> RealEraEmbedding:

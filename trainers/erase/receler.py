@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, ClassVar
 
@@ -87,16 +87,14 @@ class Receler(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "attack_tokens", "trajectories", "sampling_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, needs at least 1; give a larger number")
+        self.at_least(1, "rank", "attack_tokens", "trajectories", "sampling_steps")
         if self.guidance <= 1 or min(self.attack_steps, self.locality_weight) < 0 or not 0 < self.mask_threshold <= 1:
             given = f"guidance {self.guidance}, attack_steps {self.attack_steps}, locality_weight {self.locality_weight}"
             raise UserError(f"{given}, mask_threshold {self.mask_threshold}; needs more than 1, at least 0 twice, and more than 0 up to 1")
-        for field in fields(self):
-            for of, needing in NEEDED_BY.items():
-                if not getattr(self, of) and field.name in needing and getattr(self, field.name) != field.default:
-                    raise UserError(f"{of} is 0, so {field.name} has no effect; leave it out, or set {of}")
+        for of, needing in NEEDED_BY.items():
+            for name in self.changed(needing):
+                if not getattr(self, of):
+                    raise UserError(f"{of} is 0, so {name} has no effect; leave it out, or set {of}")
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:

@@ -1,21 +1,18 @@
-"""What methods that erase by training share: steps of trajectories as samples, drawings, and the parameters that they train."""
+"""What methods that erase by training share: steps of trajectories as samples, and the parameters that they train."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from toolkit.arch.text import Text
-from toolkit.runs import progress, seeded
-from toolkit.sample import trajectory
+from toolkit.runs import seeded
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
-    from toolkit.model import Model
 
 Parameters = Literal["x", "x_strict", "u", "all"]
 
@@ -51,15 +48,3 @@ def parameter_names(arch: Architecture, which: Parameters) -> list[str]:
     every = [f"denoiser.{name}" for name, _ in arch.components()["denoiser"].named_parameters()]
     cross = tuple(f"{site}." for site in arch.cross_attention_sites())
     return [name for name in every if which == "all" or name.startswith(cross) == (which == "x")]
-
-
-def drawings(model: Model, prompts: Sequence[str], *, first_seed: int, steps: int, guidance: float | None) -> Tensor:
-    """Latents of what the model draws of these prompts, each with a seed of its own."""
-    seeds = range(first_seed, first_seed + len(prompts))
-    with progress("pictures") as show:
-        return trajectory(model, prompts, seeds, steps=steps, guidance=guidance, progress=show)
-
-
-def given(method: Any, names: Sequence[str]) -> list[str]:
-    """Those of these options of a method that are not at their defaults."""
-    return [field.name for field in fields(method) if field.name in names and getattr(method, field.name) != field.default]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -89,18 +89,14 @@ class SPM(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "anchors", "steps_per_drawing", "sampling_steps", "guidance"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, needs at least 1; give a larger number")
-        for name in ("anchor_weight", "preserve_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}, needs at least 0; give 0 for none")
+        self.at_least(1, "rank", "anchors", "steps_per_drawing", "sampling_steps", "guidance")
+        self.at_least(0, "anchor_weight", "preserve_weight")
         if not self.gate_floor < 1:
             raise UserError(f"gate_floor is {self.gate_floor}, needs less than 1, where the concept itself is; give e.g. 0.8")
-        for field in fields(self):
-            needed = NEEDED.get(field.name)
-            if needed and not getattr(self, needed) and getattr(self, field.name) != field.default:
-                raise UserError(f"{field.name} has no effect with {needed}={getattr(self, needed)}; leave it out, or set {needed}")
+        for name in self.changed(NEEDED):
+            needed = NEEDED[name]
+            if not getattr(self, needed):
+                raise UserError(f"{name} has no effect with {needed}={getattr(self, needed)}; leave it out, or set {needed}")
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
