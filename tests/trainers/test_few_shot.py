@@ -151,7 +151,7 @@ def test_what_would_have_no_effect_is_said(model: Model, folder: str) -> None:
         FewShot(images=folder).fit(model, TASK)
     with pytest.raises(UserError, match="is not a folder"):
         FewShot(images=f"{folder}/nowhere").fit(model, EraseTask((Concept("cat"),)))
-    with pytest.raises(UserError, match="sampling_steps 0"):
+    with pytest.raises(UserError, match="sampling_steps is 0"):
         FewShot(sampling_steps=0)
     with pytest.warns(UserWarning, match="this method keeps nothing"):
         FewShot(**QUICK).fit(model, EraseTask((Concept("cat"),), preserve=("dog",)))

@@ -167,7 +167,7 @@ def test_what_would_have_no_effect_is_said(model: Model, tmp_path: Path) -> None
         ForgetMeNot(inversion_vectors=2)
     with pytest.raises(UserError, match="inversion_steps is -1"):
         ForgetMeNot(inversion_steps=-1)
-    with pytest.raises(UserError, match="sampling_steps 0"):
+    with pytest.raises(UserError, match="sampling_steps is 0"):
         ForgetMeNot(sampling_steps=0)
     with pytest.raises(UserError, match="the task has 2"):
         ForgetMeNot(images=str(tmp_path)).fit(model, TASK)

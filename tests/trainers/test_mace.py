@@ -211,7 +211,7 @@ def test_what_would_have_no_effect_is_said(model: Model, folders: tuple[str, str
         MACE(masks=masks)
     with pytest.raises(UserError, match="region_threshold given beside masks"):
         MACE(images=images, masks=masks, region_threshold=0.2)
-    with pytest.raises(UserError, match="region_threshold 1"):
+    with pytest.raises(UserError, match="region_threshold is 1"):
         MACE(region_threshold=1.0)
     with pytest.raises(UserError, match="the task has 2"):
         MACE(images=images).fit(model, TASK)
