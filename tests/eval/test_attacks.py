@@ -5,6 +5,7 @@ import torch
 
 from eval.attacks.base import Attack, Scenario
 from eval.attacks.closed_form_preimage import ClosedFormPreimage, ReplaceText
+from eval.attacks.concept_inversion import ConceptInversion
 from eval.attacks.paraphrase import Paraphrase
 from eval.prompts import Prompt, resolve
 from eval.rates import Painter
@@ -38,8 +39,8 @@ def test_an_attack_says_what_it_is_and_keeps_its_options(name: str) -> None:
         attack.from_config({"nonsense": 1})
 
 
-def test_both_attacks_are_found() -> None:
-    assert {"closed_form_preimage", "paraphrase"} <= set(registry.names("attack"))
+def test_attacks_are_found() -> None:
+    assert {"closed_form_preimage", "concept_inversion", "paraphrase"} <= set(registry.names("attack"))
 
 
 def test_paraphrase_finds_what_was_erased_by_name_only(world: World, untrained: Oracle, edited: Model) -> None:
@@ -118,3 +119,39 @@ def test_the_preimage_attack_needs_edited_layers(tiny: Model) -> None:
     tiny.attach(TokenEdit.from_rows({"<toy>": {"text_encoder": torch.randn(1, width)}}))
     with pytest.raises(UserError, match="do not change the layers"):
         ClosedFormPreimage().inverse(tiny, base)
+
+
+def test_concept_inversion_learns_a_word_on_the_erased_model(world: World, untrained: Oracle, edited: Model) -> None:
+    def without(prompt: Prompt) -> Reading | None:
+        return reading({}, background=prompt.scene.background) if "pistol" in prompt.words else None
+
+    attack = ConceptInversion(max_train_steps=3, images=2, train_batch_size=2)
+    attacked = scenario(world, Renderer(untrained, spoil=without), edited)
+    before = [parameter.clone() for parameter in edited.arch.components()["text_encoder"].parameters()]
+    found = attack.run(attacked)
+    assert found.clean_rate.value == 0
+    assert found.attack_success_rate.value == 1, "what is drawn of the word is read as it is asked for"
+    assert all("<found>" in prompt and "pistol" not in prompt for prompt in found.prompts)
+    assert isinstance(found.edit, TokenEdit) and found.edit.delta("text_encoder:<found>").shape[0] == 3
+    assert len(edited.edits) == 1
+    after = edited.arch.components()["text_encoder"].parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    with pytest.raises(UserError, match="weapon is several objects"):
+        attack.run(scenario(world, Renderer(untrained), edited, "weapon"))
+
+
+def test_concept_inversion_lowers_the_error_on_the_pictures(edited: Model) -> None:
+    attack = ConceptInversion(max_train_steps=40, images=2, train_batch_size=2, learning_rate=0.05)
+    pictures = attack.pictures(edited, "dog")
+
+    def error(edit: TokenEdit) -> float:
+        draw = torch.Generator().manual_seed(0)
+        noise = torch.randn(32, *pictures.shape[1:], generator=draw)
+        z, t = pictures[torch.arange(32) % 2], torch.linspace(100, 900, 32).long()
+        with edited.attached(edit), torch.no_grad():
+            text = edited.arch.encode(["a <found>"] * 32)
+            output = edited.arch.predict(edited.arch.add_noise(z, noise, t), t, text)
+        return float((output - edited.arch.target(z, noise, t)).square().mean())
+
+    start = ConceptInversion(max_train_steps=1, images=2, train_batch_size=2, learning_rate=1e-9)
+    assert error(attack.found(edited, pictures)) < error(start.found(edited, pictures))

@@ -45,6 +45,9 @@ def test_what_is_trained(tiny: Model, task: CustomizeTask) -> None:
     edit = fit(tiny, task, rank=2)
     assert set(edit.up) == set(tiny.arch.lora_targets())
     assert all(up.shape[1] == 2 and up.abs().max() > 0 for up in edit.up.values())
+    assert set(fit(tiny, task, layers="keys_and_values").up) == set(tiny.arch.text_linears())
+    cross = set(fit(tiny, task, layers="cross_attention").up)
+    assert set(tiny.arch.text_linears()) < cross < set(edit.up)
     both = fit(tiny, task, rank=2, train_text_encoder=True)
     encoder = tiny.arch.encoder_lora_targets()
     assert set(both.up) == {*edit.up, *encoder}

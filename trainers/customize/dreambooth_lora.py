@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import nn
 
 from toolkit.concepts import CustomizeTask, Subject, Task
 from toolkit.errors import UserError
@@ -17,10 +19,12 @@ from trainers.subjects import Photos, Prompts
 from trainers.weights import LoraWeights
 
 if TYPE_CHECKING:
+    from toolkit.arch.base import Architecture
     from toolkit.edits.base import Edit, EditInfo
     from toolkit.model import Model
 
 TEMPLATES = ("a photo of {}",)
+Layers = Literal["attention", "cross_attention", "keys_and_values"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,13 @@ class DreamBoothLora(Preserving):
         class is not preserved unless asked for (prior).
 
     Deviations
-        The paper trains every weight. prior "prediction" needs no pictures of the class: it keeps what the model predicts at the
+        The paper trains every weight; adapting fewer layers keeps more of what the model knew. prior "prediction" needs no pictures of the class: it keeps what the model predicts at the
         subject's pictures for the class name. A picture's own caption is used when it has one, which should have the word in it; else a
         template with the word and the class. The posterior's mean is encoded, once, not a new sample in every step. Timesteps are
         stratified over the batch by default: each is still uniform. With masks the error counts on the subject only.
     """
 
+    layers: Layers = option("attention", "what is adapted: attention, cross_attention, or its keys_and_values")
     rank: int = option(4, "rank of the change of each layer")
     lora_alpha: float | None = option(None, "scale of the change is this divided by the rank; none is the rank")
     train_text_encoder: bool = option(False, "adapt the text encoders too")
@@ -67,7 +72,7 @@ class DreamBoothLora(Preserving):
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
         subjects = self.subjects(task)
-        targets = model.arch.lora_targets() | (model.arch.encoder_lora_targets() if self.train_text_encoder else {})
+        targets = adapted(model.arch, self.layers) | (model.arch.encoder_lora_targets() if self.train_text_encoder else {})
         pictures = Photos.of(model.arch, subjects, self, TEMPLATES, lambda subject: f"{subject.token} {subject.class_name}")
         weights = LoraWeights(targets, self.rank, alpha=self.lora_alpha, seed=self.seed)
         text = Prompts(model.arch, self.cache, grad=self.train_text_encoder)
@@ -79,3 +84,11 @@ class DreamBoothLora(Preserving):
     def example_task(cls, model: Model) -> CustomizeTask:
         """One picture that the package ships: the embedded world's sprites."""
         return CustomizeTask((Subject("<toy>", "picture", (ASSETS / "atlas.webp",)),))
+
+
+def adapted(arch: Architecture, layers: Layers) -> dict[str, nn.Linear]:
+    """The denoiser's layers that are adapted."""
+    if layers == "keys_and_values":
+        return arch.text_linears()
+    cross = tuple(f"{site}." for site in arch.cross_attention_sites())
+    return {site: layer for site, layer in arch.lora_targets().items() if layers == "attention" or site.startswith(cross)}
