@@ -54,7 +54,7 @@ class ConceptInversion(Attack):
     def run(self, scenario: Scenario) -> AttackResult:
         if len(scenario.target.names) > 1:
             raise UserError(f"{scenario.target.name} is several objects, and a word is learnt for one; give one of them")
-        name = scenario.target.names[0]
+        name = next(iter(scenario.target.names))
         _, clean = scenario.by_name()
         edit = self.found(scenario.model, self.pictures(scenario.base, name))
         with scenario.model.attached(edit):

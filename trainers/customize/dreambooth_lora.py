@@ -48,10 +48,11 @@ class DreamBoothLora(Preserving):
         class is not preserved unless asked for (prior).
 
     Deviations
-        The paper trains every weight; adapting fewer layers keeps more of what the model knew. prior "prediction" needs no pictures of the class: it keeps what the model predicts at the
-        subject's pictures for the class name. A picture's own caption is used when it has one, which should have the word in it; else a
-        template with the word and the class. The posterior's mean is encoded, once, not a new sample in every step. Timesteps are
-        stratified over the batch by default: each is still uniform. With masks the error counts on the subject only.
+        The paper trains every weight; adapting fewer layers keeps more of what the model knew. prior "prediction" needs no pictures of
+        the class: it keeps what the model predicts at the subject's pictures for the class name. A picture's own caption is used when
+        it has one, which should have the word in it; else a template with the word and the class. The posterior's mean is encoded,
+        once, not a new sample in every step. Timesteps are stratified over the batch by default: each is still uniform. With masks the
+        error counts on the subject only.
     """
 
     layers: Layers = option("attention", "what is adapted: attention, cross_attention, or its keys_and_values")
