@@ -106,3 +106,10 @@ def test_schedules_and_clipping_are_followed() -> None:
 def test_a_quiet_run_shows_progress_on_a_terminal_only(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
     train(Line(), config(2), title="mine", quiet=quiet)
     assert ("mine" in capsys.readouterr().err) is not quiet
+
+
+@pytest.mark.parametrize(("name", "package", "rate"), [("adamw_8bit", "bitsandbytes", 0.2), ("prodigy", "prodigyopt", 1.0)])
+def test_optimizers_of_other_packages_learn(name: str, package: str, rate: float) -> None:
+    pytest.importorskip(package, reason=f"{package} is in the extra 'optimizers'")
+    losses = train(Samples(8), settings(100, optimizer=name, learning_rate=rate), quiet=True)
+    assert losses[-1] < 0.1 * losses[0]
