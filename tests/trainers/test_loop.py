@@ -111,5 +111,5 @@ def test_a_quiet_run_shows_progress_on_a_terminal_only(quiet: bool, capsys: pyte
 @pytest.mark.parametrize(("name", "package", "rate"), [("adamw_8bit", "bitsandbytes", 0.2), ("prodigy", "prodigyopt", 1.0)])
 def test_optimizers_of_other_packages_learn(name: str, package: str, rate: float) -> None:
     pytest.importorskip(package, reason=f"{package} is in the extra 'optimizers'")
-    losses = train(Samples(8), settings(100, optimizer=name, learning_rate=rate), quiet=True)
+    losses = train(Line(), config(100, optimizer=name, learning_rate=rate, weight_decay=0.0), quiet=True)
     assert losses[-1] < 0.1 * losses[0]
