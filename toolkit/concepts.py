@@ -65,6 +65,10 @@ class EraseTask:
         for template in self.templates:
             if "{}" not in template:
                 raise UserError(f"template {template!r} has no place for the concept; write {{}} where its name goes")
+        erased = {word.casefold() for concept in self.concepts for word in concept.words}
+        for word in self.preserve:
+            if word.casefold() in erased:
+                raise UserError(f"{word!r} is both erased and preserved; remove it from one of the two")
 
 
 @dataclass(frozen=True)

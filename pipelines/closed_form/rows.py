@@ -179,10 +179,6 @@ def encode_concept(arch: Architecture, concept: Concept, templates: Sequence[str
 
 def _check(task: EraseTask, templates: Sequence[Sequence[str]]) -> None:
     """Refuse what would silently do nothing or contradict itself."""
-    erased = {word.casefold() for concept in task.concepts for word in concept.words}
-    for word in task.preserve:
-        if word.casefold() in erased:
-            raise UserError(f"{word!r} is both erased and preserved; remove it from one of the two")
     for concept, own in zip(task.concepts, templates, strict=True):
         if concept.anchor is not None and concept.anchor.casefold() in {word.casefold() for word in concept.words}:
             raise UserError(f"the anchor of {concept.name!r} is {concept.anchor!r} itself; name something else to turn it into")

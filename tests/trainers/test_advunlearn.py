@@ -217,5 +217,5 @@ def test_what_would_have_no_effect_is_said(model: Model) -> None:
         AdvUnlearn(**QUICK).fit(model, EraseTask((Concept("cat"),)))
     with pytest.warns(UserWarning, match="what the task preserves has no effect"):
         AdvUnlearn(**QUICK, preserve_weight=0.0).fit(model, TASK)
-    with pytest.raises(UserError, match="trajectories is 1 for 2 concepts"):
+    with pytest.raises(UserError, match="trajectories is 1, for 2 concepts"):
         AdvUnlearn(trajectories=1).fit(model, TASK)

@@ -150,7 +150,7 @@ def test_what_would_have_no_effect_is_said(model: Model) -> None:
         CRCE(**QUICK, coreferent_weight=0.0).fit(model, EraseTask((CAT,), preserve=("cow",)))
     with pytest.raises(UserError, match="nothing is preserved"):
         CRCE(**QUICK).fit(model, EraseTask((CAT,)))
-    with pytest.raises(UserError, match="trajectories is 2 for 3 concepts"):
+    with pytest.raises(UserError, match="trajectories is 2, for 3 concepts"):
         CRCE(**QUICK).fit(model, EraseTask((CAT, Concept("bird"), Concept("boat")), preserve=("cow",)))
     for wrong in ({"guidance": 1.0}, {"coreferent_weight": -1.0}, {"coreferents_per_sample": 0}):
         with pytest.raises(UserError, match=f"{next(iter(wrong))} (is )?{next(iter(wrong.values()))}"):

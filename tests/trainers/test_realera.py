@@ -184,7 +184,5 @@ def test_what_would_have_no_effect_is_said(model: Model) -> None:
     ):
         with pytest.raises(UserError, match=told):
             RealEra.from_config(wrong)
-    with pytest.raises(UserError, match="trajectories is 2 for 3 concepts"):
+    with pytest.raises(UserError, match="trajectories is 2, for 3 concepts"):
         RealEra(**QUICK).fit(model, EraseTask((Concept("cat"), Concept("bird"), Concept("boat"))))
-    with pytest.raises(UserError, match="both erased and preserved"):
-        RealEra(**QUICK).fit(model, EraseTask((Concept("cat"),), preserve=("Cat",)))

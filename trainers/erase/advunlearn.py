@@ -17,7 +17,7 @@ from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.prompt_search import TokenRows, search
 from toolkit.runs import seeded
-from trainers.erase.prompts import concept_prompts, erase_task
+from trainers.erase.prompts import concept_prompts, erase_task, one_each
 from trainers.erase.samples import Samples
 from trainers.loop import Batch, Objective
 from trainers.method import Trained
@@ -123,8 +123,7 @@ class Robust(Objective):
     """The distance of what the denoiser says of attacked prompts to where they are steered, and of kept prompts to what it said."""
 
     def __init__(self, model: Model, method: AdvUnlearn, task: EraseTask) -> None:
-        if method.trajectories < len(task.concepts):
-            raise UserError(f"trajectories is {method.trajectories} for {len(task.concepts)} concepts; give at least one for each of them")
+        one_each(method.trajectories, task)
         self.module = self.weights = FullWeights(model, model.arch.encoder_parameters(method.layers))
         self.arch, self.method = model.arch, method
         pairs = list(islice(cycle(concept_prompts(task)), method.trajectories))

@@ -18,7 +18,7 @@ from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import seeded
 from trainers.erase.coreferents import with_coreferents
-from trainers.erase.prompts import erase_task
+from trainers.erase.prompts import erase_task, one_each
 from trainers.erase.samples import Parameters, Samples, parameter_names
 from trainers.loop import Batch, Objective
 from trainers.method import Trained
@@ -177,13 +177,8 @@ Asked = tuple[int, str, float]
 
 
 def _check(method: CRCE, task: EraseTask) -> None:
-    """Refuse what contradicts itself, and say what has no effect."""
-    erased = {word.casefold() for concept in task.concepts for word in concept.words}
-    for word in task.preserve:
-        if word.casefold() in erased:
-            raise UserError(f"{word!r} is both erased and preserved; remove it from one of the two")
-    if method.trajectories < len(task.concepts):
-        raise UserError(f"trajectories is {method.trajectories} for {len(task.concepts)} concepts; give at least one for each of them")
+    """Refuse too few trajectories, and say what has no effect."""
+    one_each(method.trajectories, task)
     alone = [concept.name for concept in task.concepts if not concept.synonyms]
     if method.coreferent_weight and alone:
         warnings.warn(f"without synonyms, so that only the name is erased: {', '.join(alone)}; give other words for it", stacklevel=2)

@@ -14,7 +14,7 @@ from toolkit.arch.text import Text
 from toolkit.concepts import EraseTask
 from toolkit.errors import UserError
 from toolkit.runs import seeded
-from trainers.erase.prompts import concept_prompts
+from trainers.erase.prompts import concept_prompts, one_each
 from trainers.photos import drawings
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ def asked_by_anchor(task: EraseTask, trajectories: int) -> dict[str, list[str]]:
         if prompt == base:
             raise UserError(f"{prompt!r} is to turn into itself, which changes nothing; give the concept another anchor")
         asked.setdefault(base, []).append(prompt)
-    if trajectories < len(task.concepts):
-        raise UserError(f"trajectories is {trajectories}, for {len(task.concepts)} concepts; give at least one for each")
+    one_each(trajectories, task)
     return asked
 
 

@@ -30,6 +30,12 @@ def erase_task(task: Task, preserve_weight: float | None = 1.0, *, anchors: bool
     return task
 
 
+def one_each(trajectories: int, task: EraseTask) -> None:
+    """A UserError when there are fewer trajectories than concepts, so that some would not be erased."""
+    if trajectories < len(task.concepts):
+        raise UserError(f"trajectories is {trajectories}, for {len(task.concepts)} concepts; give at least one for each")
+
+
 def concept_prompts(task: EraseTask, *, without_anchor: Literal["nothing", "template"] = "nothing") -> list[tuple[str, str]]:
     """(prompt, base) for every template around every word of every concept: the base has the anchor in the word's place.
 

@@ -21,7 +21,7 @@ from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import seeded
-from trainers.erase.prompts import concept_prompts
+from trainers.erase.prompts import concept_prompts, one_each
 from trainers.erase.samples import Samples
 from trainers.loop import Batch, Objective
 from trainers.method import Trained
@@ -129,8 +129,7 @@ class RealEra(Trained):
         if task.preserve and not self.closed_form:
             why = "closed_form is false, and training keeps none of what the task preserves, which has no effect"
             warnings.warn(f"{why}; leave closed_form at true to keep it", stacklevel=2)
-        if self.trajectories < len(task.concepts):
-            raise UserError(f"trajectories is {self.trajectories} for {len(task.concepts)} concepts; give at least one for each of them")
+        one_each(self.trajectories, task)
         alignment = Alignment(model, self, task)
         with alignment.weights:
             yield alignment, alignment.weights.edit

@@ -21,7 +21,7 @@ from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.edits.chain import Chain
 from toolkit.errors import UserError
 from toolkit.method import option
-from trainers.erase.prompts import concept_prompts
+from trainers.erase.prompts import concept_prompts, one_each
 from trainers.erase.samples import Samples
 from trainers.loop import Batch, Objective
 from trainers.method import Trained
@@ -103,8 +103,7 @@ class TRCE(Trained):
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
         task, on = erase_task(task), model.info(self).on
-        if self.trajectories < len(task.concepts):
-            raise UserError(f"trajectories is {self.trajectories}, for {len(task.concepts)} concepts; give at least one for each")
+        one_each(self.trajectories, task)
         first = TRCEEmbedding(preserve_scale=self.preserve_scale, lamb=self.lamb).fit(model, task)
         drawn = early_steps(model, self, task)
         with model.attached(first):
