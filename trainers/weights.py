@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from toolkit.model import Model
 
 
+Layer = nn.Linear | nn.Conv2d
+
+
 class Trainable(nn.Module, ABC):
     """Parameters that act in a model within a `with` block.
 
@@ -92,40 +95,41 @@ class FullWeights(Trainable):
 
 
 class LoraWeights(Trainable):
-    """W -> W + (alpha / rank) up down for each linear layer (LoRA, Hu et al., arXiv 2106.09685).
+    """W -> W + (alpha / rank) up down for each linear layer or convolution (LoRA, Hu et al., arXiv 2106.09685).
 
-    linears: site -> layer. alpha: None is the rank. down starts normal with deviation 1 / rank and up at zero, as in diffusers'
-    training scripts. A hook on each layer adds what the factors give, so that the layer's name and weight stay as they are.
+    layers: site -> layer. Of a convolution `down` is one of rank channels, and `up` mixes these. alpha: None is the rank. down starts
+    normal with deviation 1 / rank and up at zero, as in diffusers' training scripts. A hook on each layer adds what the factors give, so
+    that the layer's name and weight stay as they are.
     start: an edit of some of these layers that is not trained: it acts where the factors act, and is part of what `edit` gives.
     """
 
     def __init__(
-        self, linears: Mapping[str, nn.Linear], rank: int, *, alpha: float | None = None, seed: int = 0, start: LowRank | None = None
+        self, layers: Mapping[str, Layer], rank: int, *, alpha: float | None = None, seed: int = 0, start: LowRank | None = None
     ) -> None:
         super().__init__()
-        self._linears, self.scale = dict(linears), (rank if alpha is None else alpha) / rank
-        place = {site: linear.weight.device for site, linear in linears.items()}
+        self._layers, self.scale = dict(layers), (rank if alpha is None else alpha) / rank
+        place = {site: layer.weight.device for site, layer in layers.items()}
         starts = {
-            site: torch.randn(rank, linear.in_features, generator=seeded("lora", seed, site)) / rank for site, linear in linears.items()
+            site: torch.randn(rank, *layer.weight.shape[1:], generator=seeded("lora", seed, site)) / rank for site, layer in layers.items()
         }
         self.down = nn.ParameterList(nn.Parameter(start.to(place[site])) for site, start in starts.items())
-        self.up = nn.ParameterList(nn.Parameter(torch.zeros(lin.out_features, rank, device=place[site])) for site, lin in linears.items())
+        self.up = nn.ParameterList(nn.Parameter(torch.zeros(len(one.weight), rank, device=place[site])) for site, one in layers.items())
         self.start = start
         self._given = {site: tuple(part.to(place[site]) for part in parts) for site, parts in _parts(start).items()} if start else {}
         self._handles: list[Any] = []
 
     def enter(self) -> None:
         for site, parts in self._given.items():
-            self._handles.append(self._linears[site].register_forward_hook(partial(_add, 1.0, parts)))
-        for linear, down, up in zip(self._linears.values(), self.down, self.up, strict=True):
-            self._handles.append(linear.register_forward_hook(partial(_add, self.scale, (down, up))))
+            self._handles.append(self._layers[site].register_forward_hook(partial(_add, 1.0, parts)))
+        for layer, down, up in zip(self._layers.values(), self.down, self.up, strict=True):
+            self._handles.append(layer.register_forward_hook(partial(_add, self.scale, (down, up))))
 
     def leave(self) -> None:
         while self._handles:
             self._handles.pop().remove()
 
     def edit(self, info: EditInfo) -> LowRank:
-        factors = zip(self._linears, self.down, self.up, strict=True)
+        factors = zip(self._layers, self.down, self.up, strict=True)
         trained = LowRank.from_factors({site: (self.scale * up.detach(), down.detach()) for site, down, up in factors}, info)
         return LowRank.merge([self.start, trained], info=info) if self.start else trained
 
@@ -178,11 +182,17 @@ def _parts(edit: LowRank) -> dict[str, tuple[Tensor, ...]]:
     return {**{site: (edit.down[site], up) for site, up in edit.up.items()}, **{site: (dense,) for site, dense in edit.dense.items()}}
 
 
-def _add(scale: float, matrices: Sequence[Tensor], module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A layer's output with that of these matrices, one after the other."""
-    value = given[0].to(matrices[0].dtype)
-    for matrix in matrices:
-        value = F.linear(value, matrix)
+def _add(scale: float, parts: Sequence[Tensor], module: Layer, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A layer's output with that of these parts of its change, one after the other; the first one is of the layer's kind."""
+    first, *rest = parts
+    value = given[0].to(first.dtype)
+    if isinstance(module, nn.Conv2d):
+        value = F.conv2d(value, first, None, module.stride, module.padding, module.dilation)  # pyright: ignore[reportArgumentType]
+        for part in rest:
+            value = F.conv2d(value, part[:, :, None, None])
+    else:
+        for part in parts:
+            value = F.linear(value, part)
     return output + scale * value.to(output.dtype)
 
 

@@ -46,6 +46,8 @@ def test_what_is_trained(tiny: Model, task: CustomizeTask) -> None:
     assert set(edit.up) == set(tiny.arch.lora_targets())
     assert all(up.shape[1] == 2 and up.abs().max() > 0 for up in edit.up.values())
     assert set(fit(tiny, task, layers="keys_and_values").up) == set(tiny.arch.text_linears())
+    every = fit(tiny, task, layers="all")
+    assert {site for site in (*every.up, *every.dense)} == set(tiny.arch.denoiser_layers())
     cross = set(fit(tiny, task, layers="cross_attention").up)
     assert set(tiny.arch.text_linears()) < cross < set(edit.up)
     both = fit(tiny, task, rank=2, train_text_encoder=True)
@@ -60,18 +62,34 @@ def test_alpha_scales_the_change(tiny: Model, task: CustomizeTask) -> None:
     assert not torch.equal(next(iter(plain.up.values())), next(iter(half.up.values())))
 
 
-def test_the_edit_exports_as_diffusers_lora(tiny: Model, task: CustomizeTask, tmp_path: Path) -> None:
-    edit = fit(tiny, task, train_text_encoder=True)
+@pytest.mark.parametrize("options", [{"train_text_encoder": True}, {"layers": "all", "rank": 1}])
+def test_the_edit_exports_as_diffusers_lora(tiny: Model, task: CustomizeTask, tmp_path: Path, options: dict[str, Any]) -> None:
+    edit = fit(tiny, task, **options)
     export(edit, "diffusers-lora", tmp_path / "lora", tiny)
-    options: dict[str, Any] = {"steps": 2, "guidance": 2.0}
+    drawing: dict[str, Any] = {"steps": 2, "guidance": 2.0}
     with tiny.attached(edit):
-        attached = sample(tiny, ["sks cat"], [0], **options)
-    plain = sample(tiny, ["sks cat"], [0], **options)
+        attached = sample(tiny, ["sks cat"], [0], **drawing)
+    plain = sample(tiny, ["sks cat"], [0], **drawing)
     tiny.arch.pipe.load_lora_weights(tmp_path / "lora")
-    assert torch.allclose(sample(tiny, ["sks cat"], [0], **options), attached, atol=1e-4)
+    assert torch.allclose(sample(tiny, ["sks cat"], [0], **drawing), attached, atol=1e-4)
     assert not torch.allclose(plain, attached, atol=1e-4)
 
 
 def test_another_task_is_told(tiny: Model) -> None:
     with pytest.raises(UserError, match="given a EraseTask, needs a CustomizeTask"):
         DreamBoothLora(max_train_steps=1).fit(tiny, EraseTask((Concept("cat"),)))
+
+
+def test_what_acts_while_training_is_what_the_edit_does(tiny: Model, task: CustomizeTask) -> None:
+    shape = tiny.arch.latent_shape(16, 16)
+    latents, t, text = torch.ones(1, *shape), torch.tensor([300]), tiny.arch.encode(["sks cat"])
+    with DreamBoothLora(layers="all", rank=2).objective(tiny, task) as (denoising, make), torch.no_grad():
+        for index, parameter in enumerate(denoising.module.parameters()):
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+        training = tiny.arch.predict(latents, t, text)
+        edit = make(tiny.info(DreamBoothLora()))
+    with torch.no_grad():
+        plain = tiny.arch.predict(latents, t, text)
+        with tiny.attached(edit):
+            torch.testing.assert_close(tiny.arch.predict(latents, t, text), training, atol=1e-4, rtol=1e-4)
+    assert (training - plain).abs().max() > 0.01

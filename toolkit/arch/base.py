@@ -152,6 +152,11 @@ class Architecture(ABC):
     def lora_targets(self) -> dict[str, nn.Linear]:
         """Site -> linear layer, for the denoiser's layers that low-rank training usually adapts (attention projections)."""
 
+    def denoiser_layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
+        """Site -> layer, for all linear layers and convolutions of the denoiser."""
+        modules = self.components()["denoiser"].named_modules()
+        return {f"denoiser.{name}": module for name, module in modules if isinstance(module, nn.Linear | nn.Conv2d)}
+
     def encoder_lora_targets(self) -> dict[str, nn.Linear]:
         """The same for the text encoders, as far as their layers are read. Default: none."""
         return {}

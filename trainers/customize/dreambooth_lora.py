@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
-
-from torch import nn
 
 from toolkit.concepts import CustomizeTask, Subject, Task
 from toolkit.errors import UserError
@@ -16,7 +14,7 @@ from toolkit.world.scenes import ASSETS
 from trainers.loop import Objective
 from trainers.preservation import PreservedDenoising, Preserving
 from trainers.subjects import Photos, Prompts
-from trainers.weights import LoraWeights
+from trainers.weights import Layer, LoraWeights
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from toolkit.model import Model
 
 TEMPLATES = ("a photo of {}",)
-Layers = Literal["attention", "cross_attention", "keys_and_values"]
+Layers = Literal["all", "attention", "cross_attention", "keys_and_values"]
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,14 @@ class DreamBoothLora(Preserving):
         class is not preserved unless asked for (prior).
 
     Deviations
-        The paper trains every weight; adapting fewer layers keeps more of what the model knew. prior "prediction" needs no pictures of
+        The paper trains every weight; layers "all" is nearest to that. prior "prediction" needs no pictures of
         the class: it keeps what the model predicts at the subject's pictures for the class name. A picture's own caption is used when
         it has one, which should have the word in it; else a template with the word and the class. The posterior's mean is encoded,
         once, not a new sample in every step. Timesteps are stratified over the batch by default: each is still uniform. With masks the
         error counts on the subject only.
     """
 
-    layers: Layers = option("attention", "what is adapted: attention, cross_attention, or its keys_and_values")
+    layers: Layers = option("attention", "what is adapted: all (with convolutions), attention, cross_attention, or its keys_and_values")
     rank: int = option(4, "rank of the change of each layer")
     lora_alpha: float | None = option(None, "scale of the change is this divided by the rank; none is the rank")
     train_text_encoder: bool = option(False, "adapt the text encoders too")
@@ -73,7 +71,8 @@ class DreamBoothLora(Preserving):
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
         subjects = self.subjects(task)
-        targets = adapted(model.arch, self.layers) | (model.arch.encoder_lora_targets() if self.train_text_encoder else {})
+        encoders = model.arch.encoder_lora_targets() if self.train_text_encoder else {}
+        targets = {**adapted(model.arch, self.layers), **encoders}
         pictures = Photos.of(model.arch, subjects, self, TEMPLATES, lambda subject: f"{subject.token} {subject.class_name}")
         weights = LoraWeights(targets, self.rank, alpha=self.lora_alpha, seed=self.seed)
         text = Prompts(model.arch, self.cache, grad=self.train_text_encoder)
@@ -87,8 +86,10 @@ class DreamBoothLora(Preserving):
         return CustomizeTask((Subject("<toy>", "picture", (ASSETS / "atlas.webp",)),))
 
 
-def adapted(arch: Architecture, layers: Layers) -> dict[str, nn.Linear]:
+def adapted(arch: Architecture, layers: Layers) -> Mapping[str, Layer]:
     """The denoiser's layers that are adapted."""
+    if layers == "all":
+        return arch.denoiser_layers()
     if layers == "keys_and_values":
         return arch.text_linears()
     cross = tuple(f"{site}." for site in arch.cross_attention_sites())
