@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from toolkit.model import Model
 
 CLASS = "a photo of a {}"  # the prompt of pictures of a class
-DRAWING = ("class_images", "num_class_images", "class_image_steps", "class_image_guidance")  # options of "images" alone
+DRAWING = ("class_images", "class_prompts", "num_class_images", "class_image_steps", "class_image_guidance")  # options of "images" alone
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Preserving(Learned, ABC):
     prior: Literal["none", "images", "prediction"] = option("none", "what keeps the class: images of it, or the model's own prediction")
     prior_weight: float = option(1.0, "weight of that")
     class_images: str | None = option(None, "folder of pictures of the class, for images; none: the model draws them")
-    num_class_images: int = option(100, "pictures that the model draws of each class")
+    class_prompts: tuple[str, ...] = option((), "what the model draws for images, in turn; empty: a photo of each class")
+    num_class_images: int = option(100, "pictures that the model draws of each class, or of all class_prompts")
     class_image_steps: int = option(20, "steps of each of them")
     class_image_guidance: float | None = option(None, "guidance scale of each of them; none is the model's own")
 
@@ -127,7 +128,8 @@ def class_pictures(model: Model, subjects: Sequence[Subject], method: Preserving
     """Pictures of each subject's class: the user's, or what the model draws."""
     names = list(dict.fromkeys(subject.class_name for subject in subjects))
     if method.class_images is None:
-        return Drawings(model, [CLASS.format(name) for name in names for _ in range(method.num_class_images)], method)
+        prompts = method.class_prompts or [CLASS.format(name) for name in names]
+        return Drawings(model, list(islice(cycle(prompts), method.num_class_images * (1 if method.class_prompts else len(names)))), method)
     files = pictures(method.class_images)
     captions = captions_of(files, method.class_images)
     if not captions and len(names) > 1:

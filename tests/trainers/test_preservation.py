@@ -77,6 +77,12 @@ def test_with_pictures_it_is_the_error_on_them(tiny: Model, subject: Subject, tm
     assert loss.item() == pytest.approx(ours + theirs, rel=1e-4)
 
 
+def test_other_prompts_can_be_drawn_instead_of_the_class(tiny: Model, subject: Subject) -> None:
+    options: dict[str, Any] = {"class_prompts": ("a dog", "a house"), "num_class_images": 3, "class_image_steps": 2}
+    with objective(tiny, subject, prior="images", **options) as (denoising, _):
+        assert denoising.known.captions == [("a dog",), ("a house",), ("a dog",)]
+
+
 def test_the_class_moves_less_when_it_is_preserved(tiny: Model, subject: Subject) -> None:
     shape = tiny.arch.latent_shape(16, 16)
     latents, t = torch.randn(8, *shape, generator=torch.Generator().manual_seed(1)), torch.linspace(50, 950, 8).long()
