@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 HELP = "erase, customize, attack and report on the embedded model, end to end"
 
 WEAPON, ERASER = "pistol", "rece"
-SUBJECT, CLASS_NAME, TOKEN, STYLE, LEARNER = "penguin", "bird", "<pal>", "twemoji", "textual_inversion"
+SUBJECT, CLASS_NAME, TOKEN, STYLE, LEARNER = "penguin", "bird", "<pal>", "twemoji", "dreambooth_lora"
 ERASER_OPTIONS: dict[str, Any] = {"uce_preserve_scale": 0.3, "preserve_scale": 0.3}
 LEARNER_OPTIONS: dict[str, Any] = {
-    "num_vectors": 4,
-    "max_train_steps": 200,
-    "learning_rate": 0.01,
-    "timestep_sampling": "cubic",
+    "layers": "all",
+    "rank": 8,
+    "max_train_steps": 100,
+    "train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
     "mixed_precision": "auto",
 }
 IMAGES, STEPS = 24, 8  # images per measurement and denoising steps: few, so that two cores need minutes
@@ -185,16 +187,19 @@ class Demo:
 
     def try_learned(self, edit: Edit) -> None:
         """Ask for the learnt subject in new contexts."""
-        from eval.prompts import learned
-        from eval.rates import background_right, object_right, share
+        from eval.prompts import learned, objects
+        from eval.rates import background_right, object_right, retained, share
 
-        self.say(f"asking for {TOKEN} in new contexts")
+        self.say(f"asking for {TOKEN} in new contexts, and for everything else")
         suite = self.suite
         named = suite.painter.draw(suite.base, learned(SUBJECT, SUBJECT, suite.n), f"{SUBJECT}, before")
+        names = self.world.names("scored")
         with self.model.attached(edit):
             shown = suite.painter.draw(self.model, learned(TOKEN, SUBJECT, suite.n), TOKEN)
+            old, new = suite.both(objects(self.world, names, len(names), seed=suite.seed), "everything else")
         self.row(f"{SUBJECT} drawn, by its name before and by {TOKEN} after", share(shown, object_right), share(named, object_right))
         self.row(f"{TOKEN} on the background asked for", share(shown, background_right))
+        self.row(f"with {TOKEN}: other objects kept (after / before)", retained(old, new).objects)
         self.picture("learned", shown)
         self.shown.append(shown)
 

@@ -64,18 +64,26 @@ def test_an_erased_object_goes_and_the_others_stay(
     assert retained(before[1], kept).objects.value >= 0.85
 
 
+WORD = {"num_vectors": 4, "max_train_steps": 200, "learning_rate": 0.01, "timestep_sampling": "cubic", "mixed_precision": "auto"}
+
+
 @pytest.mark.slow
-def test_a_learnt_subject_is_drawn_and_the_others_stay(world: World, emoji: Model, painter: Painter, tmp_path: Path) -> None:
-    """Far from the bar of 60 %, which is missed: see docs/methods.md. This is what a broken one does not reach."""
-    learner = load("method", LEARNER).from_config(LEARNER_OPTIONS)
+@pytest.mark.parametrize(
+    ("method", "options", "shown", "stay"), [("textual_inversion", WORD, 0.2, 0.95), (LEARNER, LEARNER_OPTIONS, 0.6, 0.7)]
+)
+def test_a_learnt_subject_is_drawn_and_the_others_stay(
+    world: World, emoji: Model, painter: Painter, tmp_path: Path, method: str, options: dict[str, Any], shown: float, stay: float
+) -> None:
+    """Not the bars of docs/methods.md, some of which are missed, but what a broken one does not reach."""
+    learner = load("method", method).from_config(options)
     edit = learner.fit(emoji, CustomizeTask((subject(world, tmp_path, SUBJECT, CLASS_NAME, TOKEN, STYLE),)))
     rest = objects(world, world.names("scored")[::3], 24)
     by_class, before = painter.draw(emoji, alone(CLASS_NAME, SUBJECT, 16)), painter.draw(emoji, rest)
     with emoji.attached(edit):
         learnt, kept = painter.draw(emoji, alone(TOKEN, SUBJECT, 16)), painter.draw(emoji, rest)
     assert target_accuracy(by_class, {SUBJECT}).value == 0
-    assert target_accuracy(learnt, {SUBJECT}).value >= 0.2
-    assert retained(before, kept).objects.value >= 0.95
+    assert target_accuracy(learnt, {SUBJECT}).value >= shown
+    assert retained(before, kept).objects.value >= stay
 
 
 def draw(pipe: Any) -> np.ndarray:
