@@ -55,7 +55,9 @@ def test_the_main_job_has_the_tasks_asked_for(world: World, cells: list[Cell]) -
 def test_the_closed_forms_are_measured_on_up_to_twenty_objects(world: World) -> None:
     experiment = read(FILES / "closed-form.toml")
     cells = plan(world, experiment)
-    assert set(experiment.methods) == {"uce", "rece", "realera_embedding", "trce_embedding", "mace_refine", "speed"}
+    six = {"uce", "rece", "realera_embedding", "trce_embedding", "mace_refine", "speed"}
+    assert {method.name() for method in experiment.methods.values()} == six
+    assert all(len({cell.method for cell in cells if len(cell.erased) == count}) == 6 for count in (1, 5, 10, 20))
     assert {len(cell.erased) for cell in cells} == {1, 5, 10, 20}
     assert all(cell.asked.keys() == {"name", "given", "held_back", "beside", "kept"} for cell in cells)
     for cell in cells:

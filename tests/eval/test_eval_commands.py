@@ -180,7 +180,7 @@ def test_the_demo_goes_from_end_to_end(
     assert len(list((out / "images").glob("*.png"))) == 5
     assert [Path(edit).parent.name for edit in found["edits"]] == ["erased", "learned", "composed"]
     composed = load_edit(found["edits"][-1])
-    assert {part.kind() for part, _ in composed.parts()} == {"low_rank", "token"}
+    assert {part.kind() for part, _ in composed.parts()} == {"low_rank"}
     assert all(Path(picture).is_file() for picture in found["pictures"])
     assert json.loads((out / "report.json").read_text()) == found
 
