@@ -78,7 +78,7 @@ class Demo:
     """The steps of the demo.
 
     rows: what was measured so far. edits and pictures: the files written so far. shown: the rows of the last picture, which
-    sums up the others.
+    sums up the others. others: everything else, as the unedited model draws it.
     """
 
     out: Path
@@ -87,6 +87,7 @@ class Demo:
     edits: list[str] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
     shown: list[Any] = field(default_factory=list)
+    others: list[Any] = field(default_factory=list)
     _start: float = field(default_factory=time.perf_counter)
 
     @property
@@ -165,7 +166,7 @@ class Demo:
             self.say("asking for everything else")
             names = [name for name in self.world.names("scored") if name != WEAPON]
             old, new = suite.both(objects(self.world, names, len(names), seed=suite.seed), "everything else")
-            kept = retained(old, new)
+            kept, self.others = retained(old, new), old
             self.row("other objects right", share(new, object_right), share(old, object_right))
             self.row("other objects kept (after / before)", kept.objects)
             self.row("styles kept (after / before)", kept.styles)
@@ -187,19 +188,18 @@ class Demo:
 
     def try_learned(self, edit: Edit) -> None:
         """Ask for the learnt subject in new contexts."""
-        from eval.prompts import learned, objects
+        from eval.prompts import learned
         from eval.rates import background_right, object_right, retained, share
 
         self.say(f"asking for {TOKEN} in new contexts, and for everything else")
         suite = self.suite
         named = suite.painter.draw(suite.base, learned(SUBJECT, SUBJECT, suite.n), f"{SUBJECT}, before")
-        names = self.world.names("scored")
         with self.model.attached(edit):
             shown = suite.painter.draw(self.model, learned(TOKEN, SUBJECT, suite.n), TOKEN)
-            old, new = suite.both(objects(self.world, names, len(names), seed=suite.seed), "everything else")
+            rest = suite.painter.draw(self.model, [item.prompt for item in self.others], f"everything else, with {TOKEN}")
         self.row(f"{SUBJECT} drawn, by its name before and by {TOKEN} after", share(shown, object_right), share(named, object_right))
         self.row(f"{TOKEN} on the background asked for", share(shown, background_right))
-        self.row(f"with {TOKEN}: other objects kept (after / before)", retained(old, new).objects)
+        self.row(f"with {TOKEN}: other objects kept (after / before)", retained(self.others, rest).objects)
         self.picture("learned", shown)
         self.shown.append(shown)
 
