@@ -24,7 +24,7 @@ ERASER_OPTIONS: dict[str, Any] = {"uce_preserve_scale": 0.3, "preserve_scale": 0
 LEARNER_OPTIONS: dict[str, Any] = {
     "layers": "all",
     "rank": 8,
-    "max_train_steps": 100,
+    "max_train_steps": 60,
     "train_batch_size": 4,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
