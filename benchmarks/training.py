@@ -44,6 +44,7 @@ from toolkit.registry import load
 from toolkit.sample import noise
 from toolkit.world.scenes import load_world
 from trainers.erase.esd import ESD
+from trainers.erase.samples import parameter_names
 from trainers.weights import LoraWeights
 
 CONFIGS = Path(sys.modules["toolkit.arch.sd"].__file__ or "").parent / "configs" / "sd1"
@@ -189,8 +190,7 @@ def esd(steps: int = 8) -> tuple[float, float]:
     method.fit(load_model(), task)
     ours = time.perf_counter() - began
     frozen, tuned = load_model(), load_model()
-    names = [name for name, _ in tuned.arch.components()["denoiser"].named_parameters() if "attn2" in name]
-    trained = [tuned.arch.parameter(f"denoiser.{name}").requires_grad_() for name in names]
+    trained = [tuned.arch.parameter(name).requires_grad_() for name in parameter_names(tuned.arch, method.parameters)]
     optimizer = torch.optim.Adam(trained, lr=method.learning_rate)
     prompt, blank = (frozen.arch.encode([text]) for text in ("dog", ""))
     shape = frozen.arch.latent_shape(frozen.arch.image_size, frozen.arch.image_size)

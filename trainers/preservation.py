@@ -19,7 +19,7 @@ from toolkit.method import option
 from toolkit.pictures import captions_of, pictures
 from trainers.loop import Batch
 from trainers.photos import drawings
-from trainers.subjects import Denoising, Learned, Photos, Pool, Prompts
+from trainers.subjects import Denoising, Learned, Photos, Pool, Prompts, Samples
 from trainers.weights import Trainable
 
 if TYPE_CHECKING:
@@ -96,28 +96,32 @@ class PreservedDenoising(Denoising):
         super().__init__(weights, pictures, text, method)
         self.preserving, self.subjects = method, subjects
         self.known = class_pictures(model, subjects, method) if method.prior == "images" else None
-        self.before = Prompts(model.arch, method.cache)
+        self.before = Prompts(model.arch, method.cache) if method.prior == "prediction" else None
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        if self.preserving.prior == "none":
+        if self.before is not None:
+            learnt, kept = self._without_pictures(self.samples(batch), self.before)
+        elif self.known is not None:
+            known = self.known.draw(f"{self.method.name()} class", self.method, batch)
+            learnt, kept = self._with_pictures(self.samples(batch), known)
+        else:
             return super().loss(batch)
-        learnt, kept = self._errors(batch)
         return learnt + self.preserving.prior_weight * kept, {"subject": learnt.item(), "class": kept.item()}
 
-    def _errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        samples = self.samples(batch)
+    def _without_pictures(self, samples: Samples, encoded_before: Prompts) -> tuple[Tensor, Tensor]:
+        prompts = [without_token(prompt, self.subjects) for prompt in samples.prompts]
         noisy, count = self.noisy(samples), len(samples.rows)
-        if self.known is None:
-            prompts = [without_token(prompt, self.subjects) for prompt in samples.prompts]
-            with self.module.off(), torch.no_grad():
-                before = self.arch.predict(noisy, samples.t, self.before(prompts))
-            after = self._predict((noisy, noisy), (samples.t, samples.t), [*samples.prompts, *prompts])
-            return self.error(samples, after[:count]), F.mse_loss(after[count:], before)
-        known = self.known.draw(f"{self.method.name()} class", self.method, batch)
-        if known.latents.shape[2:] != noisy.shape[2:]:
-            ours, theirs = (self.arch.predict(self.noisy(one), one.t, self.text(one.prompts)) for one in (samples, known))
+        with self.module.off(), torch.no_grad():
+            before = self.arch.predict(noisy, samples.t, encoded_before(prompts))
+        after = self._predict((noisy, noisy), (samples.t, samples.t), [*samples.prompts, *prompts])
+        return self.error(samples, after[:count]), F.mse_loss(after[count:], before)
+
+    def _with_pictures(self, samples: Samples, known: Samples) -> tuple[Tensor, Tensor]:
+        noisy, count = (self.noisy(samples), self.noisy(known)), len(samples.rows)
+        if noisy[0].shape[2:] != noisy[1].shape[2:]:
+            ours, theirs = (self.arch.predict(z, one.t, self.text(one.prompts)) for z, one in zip(noisy, (samples, known), strict=True))
         else:
-            both = self._predict((noisy, self.noisy(known)), (samples.t, known.t), [*samples.prompts, *known.prompts])
+            both = self._predict(noisy, (samples.t, known.t), [*samples.prompts, *known.prompts])
             ours, theirs = both[:count], both[count:]
         return self.error(samples, ours), self.error(known, theirs)
 

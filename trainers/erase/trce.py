@@ -186,7 +186,6 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
 
 def trained_names(arch: Architecture) -> list[str]:
     """The denoiser's parameters that are trained: those of the self-attention, and the queries of the cross-attention."""
-    sites = arch.attention_sites()
-    cross = {site for site in sites if any(linear.startswith(f"{site}.") for linear in arch.text_linears())}
-    chosen = tuple(f"{site}.to_q." if site in cross else f"{site}." for site in sites)
+    cross = arch.cross_attention_sites()
+    chosen = tuple(f"{site}.to_q." if site in cross else f"{site}." for site in arch.attention_sites())
     return [name for part, _ in arch.components()["denoiser"].named_parameters() if (name := f"denoiser.{part}").startswith(chosen)]
