@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from toolkit.errors import UserError
 
@@ -169,3 +169,17 @@ class DebiasTask:
 
 
 Task = EraseTask | CustomizeTask | MergeTask | DebiasTask
+Kind = TypeVar("Kind", EraseTask, CustomizeTask, MergeTask, DebiasTask)
+GIVE = {
+    EraseTask: "give concepts to erase",
+    CustomizeTask: "give subjects to learn",
+    MergeTask: "give the edits to merge",
+    DebiasTask: "give concepts, attributes and what counts them",
+}
+
+
+def expect(kind: type[Kind], task: Task) -> Kind:
+    """The task, which must be of this kind."""
+    if not isinstance(task, kind):
+        raise UserError(f"given a task of the kind {type(task).__name__}, this method needs {kind.__name__}; {GIVE[kind]}")
+    return task

@@ -40,6 +40,13 @@ class Configured:
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}, needs at least {least}; give a larger number")
 
+    def more_than(self, bound: float, *names: str) -> None:
+        """A UserError for the first of these options that is not larger; None is none."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > bound:
+                raise UserError(f"{name} is {value}, needs more than {bound}; give a larger number")
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """The one with these options. An unknown option or a value of the wrong type is an error."""

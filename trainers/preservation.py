@@ -58,7 +58,7 @@ class Preserving(Learned, ABC):
             raise UserError(f"{given}; needs at least 1, at least 1, and more than 0")
 
 
-class Drawings(Pool):
+class ClassPictures(Pool):
     """What a model draws of prompts, each with a seed of its own."""
 
     def __init__(self, model: Model, prompts: Sequence[str], method: Preserving) -> None:
@@ -134,7 +134,9 @@ def class_pictures(model: Model, subjects: Sequence[Subject], method: Preserving
     names = list(dict.fromkeys(subject.class_name for subject in subjects))
     if method.class_images is None:
         prompts = method.class_prompts or [CLASS.format(name) for name in names]
-        return Drawings(model, list(islice(cycle(prompts), method.num_class_images * (1 if method.class_prompts else len(names)))), method)
+        return ClassPictures(
+            model, list(islice(cycle(prompts), method.num_class_images * (1 if method.class_prompts else len(names)))), method
+        )
     files = pictures(method.class_images)
     captions = captions_of(files, method.class_images)
     if not captions and len(names) > 1:

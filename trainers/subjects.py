@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from toolkit.arch.text import Text
 from toolkit.cache import cached
-from toolkit.concepts import CustomizeTask, Subject, Task
+from toolkit.concepts import CustomizeTask, Subject, Task, expect
 from toolkit.errors import UserError
 from toolkit.fingerprint import image_fingerprint, text_fingerprint
 from toolkit.method import option
@@ -54,8 +54,7 @@ class Learned(Trained, ABC):
 
     def subjects(self, task: Task) -> tuple[Subject, ...]:
         """Those of the task, which must be one to learn some. Options about masks that it has none of are a UserError."""
-        if not isinstance(task, CustomizeTask):
-            raise UserError(f"given a {type(task).__name__}, needs a CustomizeTask; this method learns subjects")
+        task = expect(CustomizeTask, task)
         if self.changed(["mask_normalization"]) and not any(subject.masks for subject in task.subjects):
             raise UserError(f"mask_normalization {self.mask_normalization} has no effect without masks; give masks, or leave it out")
         return task.subjects

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from toolkit.concepts import Concept, MergeTask, Task
+from toolkit.concepts import Concept, MergeTask, Task, expect
 from toolkit.edits.base import Edit
 from toolkit.errors import UserError
 
@@ -17,8 +17,7 @@ Kind = TypeVar("Kind", bound=Edit)
 
 def to_merge(task: Task) -> Iterator[tuple[Edit, Concept]]:
     """Each edit of a merge task with what it is about."""
-    if not isinstance(task, MergeTask):
-        raise UserError(f"given a {type(task).__name__}, needs a MergeTask; give the edits to merge")
+    task = expect(MergeTask, task)
     if len(task.edits) < 2:
         raise UserError(f"given {len(task.edits)} edits, merging needs two or more; give another")
     return zip(task.edits, task.about, strict=True)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from toolkit.arch.text import Segment, Text
-from toolkit.concepts import Concept, EraseTask, Task
+from toolkit.concepts import Concept, EraseTask, Task, expect
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def encode_prompts(arch: Architecture, task: Task, nothing: Nothing, own: Templa
     nothing: where concepts without an anchor go. own: the method's templates for each kind of concept, which take the place of
     the concepts' own; a task that has templates has the last word.
     """
-    task = erase_task(task)
+    task = expect(EraseTask, task)
     templates = [task.templates or (own[concept.kind] if own else concept.templates) for concept in task.concepts]
     _check(task, templates)
     pairs = tuple(_jobs(task, templates, nothing))
@@ -156,13 +156,6 @@ def encode_prompts(arch: Architecture, task: Task, nothing: Nothing, own: Templa
         prompts += [fill(template, word), fill(anchor_template, anchor), *around(template), *around(anchor_template)]
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     return TaskPrompts(pairs, kept, index, encode(arch, list(index)))
-
-
-def erase_task(task: Task) -> EraseTask:
-    """The task, which must be one to erase."""
-    if not isinstance(task, EraseTask):
-        raise UserError(f"given a {type(task).__name__}, needs an EraseTask; closed-form edits erase concepts")
-    return task
 
 
 def encode_concept(arch: Architecture, concept: Concept, templates: Sequence[str]) -> dict[str, tuple[Placed, ...]]:

@@ -10,8 +10,8 @@ from pipelines.closed_form.edit import as_edit
 from pipelines.closed_form.encoder import encoder_changes
 from pipelines.closed_form.features import captured_changes
 from pipelines.closed_form.prior import PRIOR_HELP, ROWS, ROWS_HELP, SCALE, SCALE_HELP, PriorRows, caption_prior
-from pipelines.closed_form.rows import KeepChoice, Nothing, RowChoice, Templates, encode_prompts, encode_task, erase_task
-from toolkit.concepts import Concept, EraseTask, Task
+from pipelines.closed_form.rows import KeepChoice, Nothing, RowChoice, Templates, encode_prompts, encode_task
+from toolkit.concepts import Concept, EraseTask, Task, expect
 from toolkit.errors import UserError
 from toolkit.method import Method, Score, option
 from toolkit.solve import Change, closed_form
@@ -141,7 +141,7 @@ class UCE(Method):
 
     def solve(self, model: Model, task: Task, own: Templates | None = None) -> tuple[dict[str, Change], Mapping[str, Any]]:
         """Stream -> D, and what is to be noted of the captions. own: see `encode_task`."""
-        task = erase_task(task)
+        task = expect(EraseTask, task)
         prior = caption_prior(model.arch, self.prior, self.prior_rows, self.prior_scale, task.concepts)
         changes = {
             stream: closed_form(

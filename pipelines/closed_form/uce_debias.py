@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines.closed_form.edit import as_edit
 from pipelines.closed_form.rows import KeepChoice, encode_task
-from toolkit.concepts import Concept, DebiasTask, EraseTask, Task
+from toolkit.concepts import Concept, DebiasTask, EraseTask, Task, expect
 from toolkit.errors import UserError
 from toolkit.method import Method, Score, option
 from toolkit.solve import closed_form
@@ -70,8 +70,7 @@ class UCEDebias(Method):
 
     def fit(self, model: Model, task: Task, *, score: Score | None = None) -> LowRank:
         """Solve and count until the ratios are right. The task's `classify` decides, so `score` is not called."""
-        if not isinstance(task, DebiasTask):
-            raise UserError(f"given a {type(task).__name__}, needs a DebiasTask; give concepts, attributes and what counts them")
+        task = expect(DebiasTask, task)
         wanted = torch.tensor(task.ratios or [1 / len(task.attributes)] * len(task.attributes), dtype=torch.float64)
         solve = self._solver(model, task)
         errors = wanted - _measure(model, task)

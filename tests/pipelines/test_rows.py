@@ -148,7 +148,7 @@ def test_every_prompt_is_encoded_once():
         (EraseTask((Concept("cat", anchor="Cat"),)), "the anchor of 'cat' is 'Cat' itself"),
         (EraseTask((Concept("cat"),), templates=("a {} and a {}",)), "has 2 places"),
         (EraseTask((Concept("cat"),), templates=("two {}s",)), "joins 'cat' to the words beside it"),
-        (CustomizeTask((Subject("<toy>", "dog", images=("toy.png",)),)), "given a CustomizeTask, needs an EraseTask"),  # type: ignore
+        (CustomizeTask((Subject("<toy>", "dog", images=("toy.png",)),)), "kind CustomizeTask, this method needs EraseTask"),  # type: ignore
     ],
 )
 def test_what_would_do_nothing_or_something_else_is_refused(task, message):

@@ -157,7 +157,7 @@ def test_bad_tasks_and_options_are_refused(tiny: Model) -> None:
         (lambda: DebiasTask((DOCTOR,), ATTRIBUTES, count, (0.5, 0.6)), "ratios are 0.5, 0.6, need parts that add up to 1"),
         (lambda: UCEDebias(step_size=0.0), "step_size is 0.0"),
         (lambda: UCEDebias(max_iterations=0), "max_iterations is 0"),
-        (lambda: UCEDebias().fit(tiny, EraseTask((DOCTOR,))), "given a EraseTask, needs a DebiasTask"),
+        (lambda: UCEDebias().fit(tiny, EraseTask((DOCTOR,))), "kind EraseTask, this method needs DebiasTask"),
         (lambda: UCEDebias().fit(tiny, task(count, Concept("man"))), "the anchor of 'man' is 'man' itself"),
     ):
         with pytest.raises(UserError, match=message):

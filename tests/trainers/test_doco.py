@@ -17,7 +17,7 @@ from toolkit.model import Model
 from toolkit.runs import TrainingRun, seeded
 from toolkit.sample import trajectory
 from trainers.erase.doco import Correction, Discriminator, DoCo, without_conflict
-from trainers.erase.drawings import Drawings, Noised
+from trainers.erase.drawings import Drawings, NoisedDrawings
 from trainers.loop import Batch
 
 QUICK: dict[str, Any] = {"trajectories": 2, "sampling_steps": 3, "max_train_steps": 4, "guidance": 2.0}
@@ -138,7 +138,7 @@ def test_with_surgery_what_is_preserved_drifts_less(model: Model) -> None:
 
 
 @torch.no_grad()
-def error(model: Model, samples: list[Noised]) -> float:
+def error(model: Model, samples: list[NoisedDrawings]) -> float:
     errors = [(model.arch.predict(one.latents, one.t, one.drawn) - one.target).square().mean() for one in samples]
     return torch.stack(errors).mean().item()
 

@@ -76,7 +76,7 @@ def test_the_edit_exports_as_diffusers_lora(tiny: Model, task: CustomizeTask, tm
 
 
 def test_another_task_is_told(tiny: Model) -> None:
-    with pytest.raises(UserError, match="given a EraseTask, needs a CustomizeTask"):
+    with pytest.raises(UserError, match="kind EraseTask, this method needs CustomizeTask"):
         DreamBoothLora(max_train_steps=1).fit(tiny, EraseTask((Concept("cat"),)))
 
 

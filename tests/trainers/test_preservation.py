@@ -12,7 +12,7 @@ from toolkit.errors import UserError
 from toolkit.model import Model
 from trainers.customize.dreambooth_lora import DreamBoothLora
 from trainers.loop import Batch
-from trainers.preservation import Drawings, PreservedDenoising, without_token
+from trainers.preservation import ClassPictures, PreservedDenoising, without_token
 from trainers.subjects import Samples
 
 
@@ -71,7 +71,7 @@ def test_with_pictures_it_is_the_error_on_them(tiny: Model, subject: Subject, tm
         loss, values = denoising.loss(Batch(3))
         known = denoising.known.draw("dreambooth_lora class", denoising.method, Batch(3))
         assert known.prompts == ["a photo of a cat"] * 2
-        assert isinstance(denoising.known, Drawings) is not own
+        assert isinstance(denoising.known, ClassPictures) is not own
         ours, theirs = error(tiny, denoising.samples(Batch(3))), error(tiny, known)
     assert values == pytest.approx({"subject": ours, "class": theirs}, rel=1e-4)
     assert loss.item() == pytest.approx(ours + theirs, rel=1e-4)

@@ -182,7 +182,7 @@ def test_options_that_make_no_sense_are_told(options: dict[str, Any], message: s
 
 def test_mistakes_in_the_task_are_told(tiny: Model, tmp_path: Path) -> None:
     fit = TextualInversion(max_train_steps=1).fit
-    with pytest.raises(UserError, match="given a EraseTask, needs a CustomizeTask"):
+    with pytest.raises(UserError, match="kind EraseTask, this method needs CustomizeTask"):
         fit(tiny, EraseTask((Concept("cat"),)))
     with pytest.raises(UserError, match=r"no picture file .*gone\.png"):
         fit(tiny, CustomizeTask((Subject("<toy>", "cat", (tmp_path / "gone.png",)),)))

@@ -17,10 +17,10 @@ from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.prompt_search import TokenRows, search
 from toolkit.runs import seeded
+from trainers.erase.options import Steered
 from trainers.erase.prompts import concept_prompts, erase_task, one_each
-from trainers.erase.samples import Samples
+from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
-from trainers.method import Trained
 from trainers.trajectories import Trajectories
 from trainers.weights import FullWeights
 
@@ -33,7 +33,7 @@ WARMUP = 5  # one part in so many of the steps is before the first attack, unles
 
 
 @dataclass(frozen=True)
-class AdvUnlearn(Trained):
+class AdvUnlearn(Steered):
     """Defensive Unlearning with Adversarial Training for Robust Concept Erasure in Diffusion Models, Zhang et al., arXiv 2405.15234.
 
     Equation
@@ -76,25 +76,18 @@ class AdvUnlearn(Trained):
     attack_steps: int = option(30, "steps in which it is found")
     attack_learning_rate: float = option(1e-3, "size of each of them")
     warmup_steps: int | None = option(None, "steps of training before the first attack; none: a fifth of all")
-    eta: float = option(1.0, "how far beyond the base the concept is steered away")
     preserve_weight: float = option(0.3, "weight of what is preserved staying as it is (gamma)")
     preserve_per_sample: int = option(5, "preserved prompts that are drawn for a sample")
     trajectories: int = option(32, "drawings of the frozen model whose steps are trained on, and at least as many of what is preserved")
-    sampling_steps: int = option(50, "steps of each of them")
-    guidance: float = option(3.0, "guidance scale of the drawings")
     max_train_steps: int = option(1000, "optimizer steps")
-    weight_decay: float = option(0.0, "of the optimizer")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2405.15234"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "trajectories", "sampling_steps", "attack_tokens", "attack_steps", "layers", "preserve_per_sample")
-        if self.guidance <= 1 or self.preserve_weight < 0 or self.attack_learning_rate <= 0:
-            given = f"guidance {self.guidance}, preserve_weight {self.preserve_weight}, attack_learning_rate {self.attack_learning_rate}"
-            raise UserError(f"{given}; needs more than 1, at least 0, and more than 0")
+        self.at_least(1, "attack_tokens", "attack_steps", "layers", "preserve_per_sample")
+        self.at_least(0, "preserve_weight")
+        self.more_than(0, "attack_learning_rate")
         idle = self.changed(ATTACK)
         if idle and not self.adversarial:
             raise UserError(f"{', '.join(idle)} given, and adversarial is false, so that nothing attacks; leave one of the two out")
@@ -132,15 +125,15 @@ class Robust(Objective):
         options = {"steps": method.sampling_steps, "guidance": method.guidance}
         seen = Trajectories.of(model, self.prompts, seeds, beside={"base": bases}, **options)
         target = seen.outputs["base"] - method.eta * (seen.outputs["prompt"] - seen.outputs["negative"])
-        self.erased = Samples(model.arch, self.prompts, seen.latents, seen.t, target)
+        self.erased = TrajectorySteps(model.arch, self.prompts, seen.latents, seen.t, target)
         self.attack = None
         if method.adversarial:
-            frozen = Samples(model.arch, self.prompts, seen.latents, seen.t, seen.outputs["prompt"])
+            frozen = TrajectorySteps(model.arch, self.prompts, seen.latents, seen.t, seen.outputs["prompt"])
             self.attack = Attack(model, self.weights, method, self.prompts, frozen)
         self.kept, self.preserved = None, list(islice(cycle(task.preserve), max(method.trajectories, len(task.preserve))))
         if method.preserve_weight:
             seen = Trajectories.of(model, self.preserved, range(method.seed, method.seed + len(self.preserved)), **options)
-            self.kept = Samples(model.arch, self.preserved, seen.latents, seen.t, seen.outputs["prompt"])
+            self.kept = TrajectorySteps(model.arch, self.preserved, seen.latents, seen.t, seen.outputs["prompt"])
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         size, values = self.method.train_batch_size, dict[str, float]()
@@ -156,10 +149,10 @@ class Robust(Objective):
         keep = self._error(self.kept, picked, [self.preserved[row] for row, _ in picked])
         return erase + self.method.preserve_weight * keep, {**values, "erase": erase.item(), "keep": keep.item()}
 
-    def _picked(self, samples: Samples, what: str, batch: Batch, size: int) -> list[tuple[int, int]]:
+    def _picked(self, samples: TrajectorySteps, what: str, batch: Batch, size: int) -> list[tuple[int, int]]:
         return [samples.pick(what, self.method.seed, batch.step, place) for place in batch.places(size)]
 
-    def _error(self, samples: Samples, picked: Sequence[tuple[int, int]], prompts: Sequence[str]) -> Tensor:
+    def _error(self, samples: TrajectorySteps, picked: Sequence[tuple[int, int]], prompts: Sequence[str]) -> Tensor:
         """Of these steps of these trajectories with these prompts, as the text encoder reads them now."""
         rows, steps = zip(*picked, strict=True)
         latents, t, _, target = samples.at(rows, steps, self.arch.device)
@@ -172,7 +165,7 @@ class Attack:
     weights: trained, but not by the attack. prompts: of the trajectories. frozen: their steps, with what the frozen model predicts there.
     """
 
-    def __init__(self, model: Model, weights: FullWeights, method: AdvUnlearn, prompts: Sequence[str], frozen: Samples) -> None:
+    def __init__(self, model: Model, weights: FullWeights, method: AdvUnlearn, prompts: Sequence[str], frozen: TrajectorySteps) -> None:
         self.arch, self.weights, self.method, self.prompts, self.frozen = model.arch, weights, method, prompts, frozen
         self.words = [f"<attack-{i}>" for i in range(method.train_batch_size)]
         self.tables = {part: embedding.weight.detach() for part, embedding in model.arch.token_embeddings().items()}

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.concepts import Concept, EraseTask, Task
-from toolkit.errors import UserError
 from toolkit.method import option
-from trainers.erase.drawings import Drawings, Noised, asked_by_anchor
+from trainers.erase.drawings import Drawings, NoisedDrawings, asked_by_anchor
+from trainers.erase.options import TrainedOnDrawings
 from trainers.erase.prompts import erase_task
 from trainers.erase.samples import parameter_names
 from trainers.loop import Batch, Objective
-from trainers.method import Trained
 from trainers.weights import FullWeights
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ConceptAblation(Trained):
+class ConceptAblation(TrainedOnDrawings):
     """Ablating Concepts in Text-to-Image Diffusion Models, Kumari et al., arXiv 2303.13516.
 
     Equation
@@ -68,7 +67,6 @@ class ConceptAblation(Trained):
     )
     prior_weight: float = option(0.0, "weight of the anchor's prompt denoising its own drawings as before")
     trajectories: int = option(200, "drawings of the anchors' prompts by the frozen model that are trained on")
-    sampling_steps: int = option(50, "steps of each of them")
     guidance: float = option(7.5, "guidance scale of the drawings")
     preserve_weight: float = option(0.0, "weight of preserved prompts staying as they are")
     max_train_steps: int = option(100, "optimizer steps")
@@ -76,16 +74,11 @@ class ConceptAblation(Trained):
     gradient_accumulation_steps: int = option(2, "such batches in a step, one after the other")
     learning_rate: float = option(1.6e-5, "step size")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2303.13516"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.trajectories, self.sampling_steps, self.guidance) < 1 or min(self.prior_weight, self.preserve_weight) < 0:
-            given = f"trajectories {self.trajectories}, sampling_steps {self.sampling_steps}, guidance {self.guidance}"
-            weights = f"prior_weight {self.prior_weight}, preserve_weight {self.preserve_weight}"
-            raise UserError(f"{given}, {weights}; needs at least 1, 1, 1, 0 and 0")
+        self.at_least(0, "prior_weight", "preserve_weight")
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
@@ -119,20 +112,20 @@ class Ablation(Objective):
         total = torch.stack([weight * value for _, weight, value in terms]).sum()
         return total, {name: value.item() for name, _, value in terms} if len(terms) > 1 else {}
 
-    def _erase(self, seen: Noised) -> Tensor:
+    def _erase(self, seen: NoisedDrawings) -> Tensor:
         # With gradient first: autocast reuses the weights that it has cast, and those cast without gradient would stay so.
         output = self.arch.predict(seen.latents, seen.t, seen.asked)
         if self.method.target == "noise":
             return F.mse_loss(output, seen.target)
         return F.mse_loss(output, self._without_gradient(seen, frozen=self.method.target == "frozen"))
 
-    def _prior(self, seen: Noised) -> Tensor:
+    def _prior(self, seen: NoisedDrawings) -> Tensor:
         return F.mse_loss(self.arch.predict(seen.latents, seen.t, seen.drawn), seen.target)
 
-    def _keep(self, seen: Noised) -> Tensor:
+    def _keep(self, seen: NoisedDrawings) -> Tensor:
         return F.mse_loss(self.arch.predict(seen.latents, seen.t, seen.drawn), self._without_gradient(seen, frozen=True))
 
-    def _without_gradient(self, seen: Noised, *, frozen: bool) -> Tensor:
+    def _without_gradient(self, seen: NoisedDrawings, *, frozen: bool) -> Tensor:
         """What is predicted for the prompts that were drawn."""
         with torch.no_grad(), self.weights.off() if frozen else nullcontext():
             return self.arch.predict(seen.latents, seen.t, seen.drawn)

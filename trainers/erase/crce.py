@@ -14,14 +14,13 @@ from torch import Tensor
 
 from toolkit.arch.text import Text
 from toolkit.concepts import Concept, EraseTask, Task
-from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import seeded
 from trainers.erase.coreferents import with_coreferents
+from trainers.erase.options import Parameters, Steered
 from trainers.erase.prompts import erase_task, one_each
-from trainers.erase.samples import Parameters, Samples, parameter_names
+from trainers.erase.samples import TrajectorySteps, parameter_names
 from trainers.loop import Batch, Objective
-from trainers.method import Trained
 from trainers.trajectories import Trajectories
 from trainers.weights import FullWeights
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CRCE(Trained):
+class CRCE(Steered):
     """CRCE: Coreference-Retention Concept Erasure in Text-to-Image Diffusion Models, Xue et al., arXiv 2503.14232.
 
     Equation
@@ -73,25 +72,15 @@ class CRCE(Trained):
     preserve_per_sample: int = option(3, "preserved prompts that are drawn for a sample")
     parameters: Parameters = option("x_strict", "what is trained: x (cross-attention), x_strict (its keys and values), u (rest), or all")
     eta: float = option(1.0, "how far beyond the base a word is steered away from itself")
-    trajectories: int = option(32, "drawings of the frozen model whose steps are trained on")
-    sampling_steps: int = option(50, "steps of each of them")
-    guidance: float = option(3.0, "guidance scale of the drawings")
     max_train_steps: int = option(500, "optimizer steps")
     learning_rate: float = option(2e-5, "step size")
-    weight_decay: float = option(0.0, "of the optimizer")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2503.14232"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("trajectories", "sampling_steps", "coreferents_per_sample", "preserve_per_sample"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, needs at least 1; give a larger number")
-        if self.guidance <= 1 or min(self.coreferent_weight, self.preserve_weight) < 0:
-            given = f"guidance {self.guidance}, coreferent_weight {self.coreferent_weight}, preserve_weight {self.preserve_weight}"
-            raise UserError(f"{given}; needs more than 1, at least 0, and at least 0")
+        self.at_least(1, "coreferents_per_sample", "preserve_per_sample")
+        self.at_least(0, "coreferent_weight", "preserve_weight")
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
@@ -126,7 +115,7 @@ class ErasingTogether(Objective):
         options = {"steps": method.sampling_steps, "guidance": method.guidance}
         seen = Trajectories.of(model, prompts, seeds, beside={"base": bases}, **options)
         self.start = seen.outputs["base"] + method.eta * seen.outputs["negative"]  # s(p) is this less eta e*(p)
-        self.drawn = Samples(model.arch, prompts, seen.latents, seen.t, self.start - method.eta * seen.outputs["prompt"])
+        self.drawn = TrajectorySteps(model.arch, prompts, seen.latents, seen.t, self.start - method.eta * seen.outputs["prompt"])
         around = dict.fromkeys(template.format(word) for concept, template in self.each for word in concept.synonyms)
         self.place = {prompt: place for place, prompt in enumerate(dict.fromkeys([*around, *task.preserve]))}
         self.text: Text | None = model.arch.encode(list(self.place)) if self.place else None

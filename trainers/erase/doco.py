@@ -18,10 +18,10 @@ from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import seeded
 from trainers.erase.drawings import Drawings, asked_by_anchor
+from trainers.erase.options import TrainedOnDrawings
 from trainers.erase.prompts import erase_task
 from trainers.erase.samples import parameter_names
 from trainers.loop import Batch, LoopConfig, Objective
-from trainers.method import Trained
 from trainers.weights import FullWeights
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ ANCHOR, CONCEPT = 0.0, 1.0  # what it is to answer
 
 
 @dataclass(frozen=True)
-class DoCo(Trained):
+class DoCo(TrainedOnDrawings):
     """Unlearning Concepts in Diffusion Model via Concept Domain Correction and Concept Preserving Gradient, Wu et al., arXiv 2405.15304.
 
     Equation
@@ -87,19 +87,14 @@ class DoCo(Trained):
     train_batch_size: int = option(8, "samples that are computed at once")
     learning_rate: float = option(4.8e-5, "step size")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2405.15304"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.trajectories, self.sampling_steps, self.guidance) < 1:
-            given = f"trajectories {self.trajectories}, sampling_steps {self.sampling_steps}, guidance {self.guidance}"
-            raise UserError(f"{given}; needs at least 1 of each")
-        if not (0 <= self.surgery <= 1 and 0 <= self.warmup < 1 and self.beside >= 0 < self.discriminator_learning_rate):
-            given = f"surgery {self.surgery}, warmup {self.warmup}, prior_weight {self.prior_weight}"
-            learns = f"discriminator_learning_rate {self.discriminator_learning_rate}"
-            raise UserError(f"{given}, {learns}; needs 0 to 1, 0 to less than 1, at least 0, and more than 0")
+        self.at_least(0, "prior_weight")
+        self.more_than(0, "discriminator_learning_rate")
+        if not (0 <= self.surgery <= 1 and 0 <= self.warmup < 1):
+            raise UserError(f"surgery {self.surgery}, warmup {self.warmup}; needs 0 to 1, and 0 to less than 1")
         if self.optimizer == "prodigy":
             raise UserError("optimizer is prodigy, which has one step size, and the discriminator needs its own; give adamw")
         if self.mixed_precision == "fp16":

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from toolkit.arch.text import Text
 from toolkit.concepts import EraseTask
 from toolkit.errors import UserError
 from toolkit.runs import seeded
+from trainers.erase.options import TrainedOnDrawings
 from trainers.erase.prompts import concept_prompts, one_each
+from trainers.erase.samples import Noised, noised
 from trainers.photos import drawings
 
 if TYPE_CHECKING:
@@ -33,32 +34,10 @@ def asked_by_anchor(task: EraseTask, trajectories: int) -> dict[str, list[str]]:
     return asked
 
 
-class Drawing(Protocol):
-    """The options of a method that trains on drawings."""
-
-    @property
-    def trajectories(self) -> int: ...
-    @property
-    def sampling_steps(self) -> int: ...
-    @property
-    def guidance(self) -> float: ...
-    @property
-    def train_batch_size(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-
-
 @dataclass(frozen=True)
-class Noised:
-    """Drawings with noise.
+class NoisedDrawings(Noised):
+    """Drawings with noise. drawn: the prompts that were drawn; asked: those in whose place they stand."""
 
-    latents [n, c, h', w'], at t [n]. target, like the latents: what training asks of the denoiser there. drawn: the prompts that
-    were drawn; asked: those in whose place they stand.
-    """
-
-    latents: Tensor
-    t: Tensor
-    target: Tensor
     drawn: Text
     asked: Text
 
@@ -69,7 +48,7 @@ class Drawings:
     asked: a prompt that is drawn -> the prompts that a drawing of it may be paired with, uniformly.
     """
 
-    def __init__(self, model: Model, method: Drawing, asked: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, model: Model, method: TrainedOnDrawings, asked: Mapping[str, Sequence[str]]) -> None:
         self.arch, self.method = model.arch, method
         self.drawn = list(islice(cycle(asked), method.trajectories))
         options = {"steps": method.sampling_steps, "guidance": method.guidance}
@@ -78,19 +57,15 @@ class Drawings:
         used = dict.fromkeys(prompt for base in dict.fromkeys(self.drawn) for prompt in (base, *asked[base]))
         self.place, self.text = {prompt: row for row, prompt in enumerate(used)}, model.arch.encode(list(used))
 
-    def noised(self, what: str, batch: Batch) -> Noised:
+    def noised(self, what: str, batch: Batch) -> NoisedDrawings:
         """The samples of a part of a step's batch: drawing, prompt, timestep and noise come from its step and their places alone."""
-        rows, times, noises, asked = [], [], [], []
-        for place in batch.places(self.method.train_batch_size):
-            draw = seeded(what, self.method.seed, batch.step, place)
+        draws = [seeded(what, self.method.seed, batch.step, place) for place in batch.places(self.method.train_batch_size)]
+        rows, asked = [], []
+        for draw in draws:
             row = int(torch.randint(len(self.drawn), (), generator=draw))
             prompts = self.asked[self.drawn[row]]
             asked.append(self.place[prompts[int(torch.randint(len(prompts), (), generator=draw))]])
-            times.append(int(torch.randint(self.arch.train_timesteps, (), generator=draw)))
-            noises.append(torch.randn(self.x0.shape[1:], generator=draw))
             rows.append(row)
-        device = self.arch.device
-        x0, noise, t = self.x0[rows].to(device), torch.stack(noises).to(device), torch.tensor(times, device=device)
         drawn = [self.place[self.drawn[row]] for row in rows]
-        latents, target = self.arch.add_noise(x0, noise, t), self.arch.target(x0, noise, t)
-        return Noised(latents, t, target, self.text[drawn], self.text[asked])
+        seen = noised(self.arch, self.x0[rows].to(self.arch.device), draws)
+        return NoisedDrawings(seen.latents, seen.t, seen.target, self.text[drawn], self.text[asked])

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.concepts import Concept, EraseTask, Task
-from toolkit.errors import UserError
 from toolkit.method import option
+from trainers.erase.options import PARAMETERS, Parameters, Steered
 from trainers.erase.prompts import concept_prompts, erase_task
-from trainers.erase.samples import Parameters, Samples, parameter_names
+from trainers.erase.samples import TrajectorySteps, parameter_names
 from trainers.loop import Batch, Objective
-from trainers.method import Trained
 from trainers.trajectories import Trajectories
 from trainers.weights import FullWeights
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ESD(Trained):
+class ESD(Steered):
     """Erasing Concepts from Diffusion Models, Gandikota et al., arXiv 2303.07345.
 
     Equation
@@ -53,25 +52,16 @@ class ESD(Trained):
         weight_decay 0 is Adam.
     """
 
-    parameters: Parameters = option("x", "what is trained: x (cross-attention), x_strict (its keys and values), u (all else), or all")
-    eta: float = option(1.0, "how far beyond the base the concept is steered away")
-    trajectories: int = option(32, "drawings of the frozen model whose steps are trained on")
-    sampling_steps: int = option(50, "steps of each of them")
-    guidance: float = option(3.0, "guidance scale of the drawings")
+    parameters: Parameters = option("x", PARAMETERS)
     preserve_weight: float = option(0.0, "weight of preserved prompts staying as they are")
     max_train_steps: int = option(200, "optimizer steps")
     learning_rate: float = option(5e-5, "step size")
-    weight_decay: float = option(0.0, "of the optimizer")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2303.07345"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.trajectories, self.sampling_steps) < 1 or self.guidance <= 1 or self.preserve_weight < 0:
-            given = f"trajectories {self.trajectories}, sampling_steps {self.sampling_steps}, guidance {self.guidance}"
-            raise UserError(f"{given}, preserve_weight {self.preserve_weight}; needs at least 1, 1, more than 1, and at least 0")
+        self.at_least(0, "preserve_weight")
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
@@ -97,12 +87,12 @@ class Steering(Objective):
         seeds = range(method.seed, method.seed + len(prompts))
         seen = Trajectories.of(model, prompts, seeds, beside={"base": bases}, **options)
         target = seen.outputs["base"] - method.eta * (seen.outputs["prompt"] - seen.outputs["negative"])
-        self.erased = Samples(model.arch, prompts, seen.latents, seen.t, target)
+        self.erased = TrajectorySteps(model.arch, prompts, seen.latents, seen.t, target)
         self.kept = None
         if method.preserve_weight:
             preserved = _in_turn(task.preserve, method.trajectories)
             seen = Trajectories.of(model, preserved, seeds, **options)
-            self.kept = Samples(model.arch, preserved, seen.latents, seen.t, seen.outputs["prompt"])
+            self.kept = TrajectorySteps(model.arch, preserved, seen.latents, seen.t, seen.outputs["prompt"])
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         erase = self._error(self.erased, "erase", batch)
@@ -111,7 +101,7 @@ class Steering(Objective):
         keep = self._error(self.kept, "keep", batch)
         return erase + self.method.preserve_weight * keep, {"erase": erase.item(), "keep": keep.item()}
 
-    def _error(self, samples: Samples, what: str, batch: Batch) -> Tensor:
+    def _error(self, samples: TrajectorySteps, what: str, batch: Batch) -> Tensor:
         places = batch.places(self.method.train_batch_size)
         rows, steps = zip(*(samples.pick(what, self.method.seed, batch.step, place) for place in places), strict=True)
         latents, t, text, target = samples.at(rows, steps, self.arch.device)

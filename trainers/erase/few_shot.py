@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.method import option
-from trainers.erase.pictures import Pictures, check_pictures
+from trainers.erase.options import TrainedOnPictures
+from trainers.erase.pictures import Pictures
 from trainers.erase.prompts import erase_task
 from trainers.loop import Batch, LoopConfig, Objective
-from trainers.method import Trained
 from trainers.weights import FullWeights
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ BETAS, EPS = (0.9, 0.98), 1e-6  # of the optimizer
 
 
 @dataclass(frozen=True)
-class FewShot(Trained):
+class FewShot(TrainedOnPictures):
     """Erasing Concepts from Text-to-Image Diffusion Models with Few-shot Unlearning, Fuchi and Takagi, arXiv 2405.07288.
 
     Equation
@@ -57,23 +57,14 @@ class FewShot(Trained):
         an order that is drawn anew each round, also where a round ends within a batch.
     """
 
-    images: str | None = option(None, "folder of pictures of the concept; none: the model draws them")
     n_images: int = option(4, "pictures that the model draws of each concept, without images")
-    sampling_steps: int = option(20, "steps of each of them")
-    guidance: float | None = option(None, "guidance scale of each of them; none is the model's own")
     max_train_steps: int = option(10, "optimizer steps")
     train_batch_size: int = option(2, "pictures that are computed at once")
     learning_rate: float = option(1e-5, "step size")
     weight_decay: float = option(1e-8, "of the optimizer")
     max_grad_norm: float = option(math.inf, "largest norm of the gradient; inf: any")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2405.07288"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_pictures(self)
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:

@@ -18,11 +18,11 @@ from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.prompt_search import TokenRows, search
-from trainers.erase.pictures import Pictures, check_pictures, prompts_of
+from trainers.erase.options import PARAMETERS, Parameters, TrainedOnPictures
+from trainers.erase.pictures import Pictures, prompts_of
 from trainers.erase.prompts import erase_task
-from trainers.erase.samples import Parameters, parameter_names
+from trainers.erase.samples import parameter_names
 from trainers.loop import Batch, Objective
-from trainers.method import Trained
 from trainers.weights import FullWeights
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ Tokens = Literal["concept", "end", "padding"]
 
 
 @dataclass(frozen=True)
-class ForgetMeNot(Trained):
+class ForgetMeNot(TrainedOnPictures):
     """Forget-Me-Not: Learning to Forget in Text-to-Image Diffusion Models, Zhang et al., arXiv 2303.17591.
 
     Equation
@@ -67,11 +67,7 @@ class ForgetMeNot(Trained):
         come in turn, in an order that is drawn anew each round.
     """
 
-    images: str | None = option(None, "folder of pictures of the concept; none: the model draws them")
-    n_images: int = option(10, "pictures that the model draws of each concept, without images")
-    sampling_steps: int = option(20, "steps of each of them")
-    guidance: float | None = option(None, "guidance scale of each of them; none is the model's own")
-    parameters: Parameters = option("x", "what is trained: x (cross-attention), x_strict (its keys and values), u (all else), or all")
+    parameters: Parameters = option("x", PARAMETERS)
     tokens: Tokens = option("end", "what is looked away from: concept (its words), end (the end token too), or padding (that too)")
     inversion_steps: int = option(0, "steps of finding a new word that stands for the concept's own words in training; 0: none is")
     inversion_vectors: int = option(4, "embedding vectors of that word")
@@ -79,13 +75,10 @@ class ForgetMeNot(Trained):
     max_train_steps: int = option(35, "optimizer steps")
     learning_rate: float = option(2e-6, "step size")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2303.17591"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pictures(self)
         if self.inversion_steps < 0 or self.inversion_vectors < 1:
             given = f"inversion_steps is {self.inversion_steps}, inversion_vectors {self.inversion_vectors}"
             raise UserError(f"{given}; give at least 0 and at least 1")

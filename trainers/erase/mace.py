@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from pipelines.closed_form.mace_fuse import MACEFuse
 from pipelines.closed_form.mace_refine import MACERefine
 from pipelines.closed_form.prior import PRIOR_HELP, SCALE, SCALE_HELP
-from pipelines.closed_form.rows import Nothing, erase_task
+from pipelines.closed_form.rows import Nothing
 from toolkit.attention import attention_maps, grid_of, token_mask
-from toolkit.concepts import Concept, EraseTask, Task
+from toolkit.concepts import Concept, EraseTask, Task, expect
 from toolkit.edits.base import EditInfo
 from toolkit.edits.low_rank import LowRank
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.pictures import masks_of, pictures
 from toolkit.runs import seeded
-from trainers.erase.pictures import check_pictures
+from trainers.erase.options import TrainedOnPictures
+from trainers.erase.samples import noised
 from trainers.loop import Batch, Objective
-from trainers.method import Trained
 from trainers.photos import drawings, load_masks, load_photos, to_latents
 from trainers.weights import LoraWeights, Trainable
 
@@ -41,7 +41,7 @@ TOGETHER = 8  # pictures whose regions are looked for at once
 
 
 @dataclass(frozen=True)
-class MACE(Trained):
+class MACE(TrainedOnPictures):
     """MACE: Mass Concept Erasure in Diffusion Models, Lu et al., arXiv 2403.06135.
 
     Equation
@@ -74,11 +74,9 @@ class MACE(Trained):
     """
 
     rank: int = option(1, "of each concept's LoRA")
-    images: str | None = option(None, "folder of pictures of the concept; none: the model draws them")
     masks: str | None = option(None, "folder of masks, one named like each of the images, white on the concept; none: by attention")
     n_images: int = option(8, "pictures that the model draws of each concept, without images")
     sampling_steps: int = option(50, "steps of each of them")
-    guidance: float | None = option(None, "guidance scale of each of them; none is the model's own")
     region_threshold: float = option(0.5, "how far from its smallest to its largest attention is where the concept is; 0 is everywhere")
     timesteps: Literal["importance", "uniform"] = option("importance", "importance (around 0.2 to 0.4 of all), or uniform")
     nothing: Nothing = option("empty_prompt", "where a concept without an anchor goes: empty_prompt, or the template without it")
@@ -90,13 +88,10 @@ class MACE(Trained):
     max_train_steps: int = option(50, "optimizer steps for each concept")
     learning_rate: float = option(1e-4, "step size")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2403.06135"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pictures(self)
         self.at_least(1, "rank")
         if not 0 <= self.region_threshold < 1:
             raise UserError(f"region_threshold is {self.region_threshold}, needs at least 0 and below 1; give such a number")
@@ -107,7 +102,7 @@ class MACE(Trained):
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
-        task = erase_task(task)
+        task = expect(EraseTask, task)
         shown = [Shown(model, self, task, number) for number in range(len(task.concepts))]
         same = {"prior": self.prior, "prior_scale": self.prior_scale, "lamb": self.lamb}
         refined = MACERefine(nothing=self.nothing, preserve_scale=self.preserve_scale, **same).fit(model, task)
@@ -145,16 +140,15 @@ class TurningAway(Objective):
         concept = batch.step % self.turns
         shown = self.shown[concept]
         self.weights.turn(concept)
-        rows, asked, times, noises = [], [], [], []
-        for place in batch.places(self.method.train_batch_size):
-            draw = seeded("mace", self.method.seed, batch.step, place)
+        draws = [seeded("mace", self.method.seed, batch.step, place) for place in batch.places(self.method.train_batch_size)]
+        rows, asked, times = [], [], []
+        for draw in draws:
             rows.append(int(torch.randint(len(shown.latents), (), generator=draw)))
             asked.append(int(torch.randint(len(shown.tokens), (), generator=draw)))
             times.append(int(torch.multinomial(self.likely, 1, generator=draw)))
-            noises.append(torch.randn(shown.latents.shape[1:], generator=draw))
-        z, t = shown.latents[rows], torch.tensor(times, device=shown.latents.device)
+        seen = noised(self.arch, shown.latents[rows], draws, times)
         with attention_maps(self.arch) as maps:
-            self.arch.predict(self.arch.add_noise(z, torch.stack(noises).to(z), t), t, shown.text[asked])
+            self.arch.predict(seen.latents, seen.t, shown.text[asked])
         return torch.stack([self._inside(maps.probabilities(site), shown, rows, asked) for site in maps.sites]).sum(), {}
 
     def _inside(self, seen: Tensor, shown: Shown, rows: Sequence[int], asked: Sequence[int]) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from torch import Tensor
 from toolkit.errors import UserError
 from toolkit.pictures import pictures
 from toolkit.runs import seeded
+from trainers.erase.options import TrainedOnPictures
 from trainers.erase.prompts import concept_prompts
+from trainers.erase.samples import Noised, noised
 from trainers.photos import drawings, load_photos, to_latents
 
 if TYPE_CHECKING:
@@ -21,44 +23,11 @@ if TYPE_CHECKING:
     from toolkit.model import Model
     from trainers.loop import Batch
 
-DRAWING = ("n_images", "sampling_steps", "guidance")  # options of pictures that the model draws
-
-
-class PictureOptions(Protocol):
-    """What a method that trains on pictures has among its options."""
-
-    def changed(self, names: Iterable[str] | None = None) -> list[str]: ...
-    def at_least(self, least: float, *names: str) -> None: ...
-    @property
-    def images(self) -> str | None: ...
-    @property
-    def n_images(self) -> int: ...
-    @property
-    def sampling_steps(self) -> int: ...
-    @property
-    def guidance(self) -> float | None: ...
-    @property
-    def seed(self) -> int: ...
-
-
-def check_pictures(method: PictureOptions) -> None:
-    """A UserError when there would be no pictures, or when options of the drawing are given beside a folder."""
-    method.at_least(1, "n_images", "sampling_steps")
-    given = method.changed(DRAWING)
-    if method.images is not None and given:
-        raise UserError(f"{', '.join(given)} given beside images, with which nothing is drawn; leave out one of the two")
-
 
 @dataclass(frozen=True)
-class Noised:
-    """Pictures with noise.
+class NoisedPictures(Noised):
+    """Pictures with noise. prompts: one for each."""
 
-    latents [n, c, h', w'], at t [n]. target, like the latents: what training asks of the denoiser there. prompts: one for each.
-    """
-
-    latents: Tensor
-    t: Tensor
-    target: Tensor
     prompts: list[str]
 
 
@@ -75,7 +44,7 @@ class Pictures:
     prompts: Sequence[Sequence[str]]
 
     @classmethod
-    def of(cls, model: Model, method: PictureOptions, task: EraseTask) -> Self:
+    def of(cls, model: Model, method: TrainedOnPictures, task: EraseTask) -> Self:
         """Those of the folder, which are of the task's only concept, or the model's drawings of every template around every word."""
         each = prompts_of(task)
         if method.images is not None:
@@ -87,17 +56,15 @@ class Pictures:
         latents = drawings(model, drawn, first_seed=method.seed, steps=method.sampling_steps, guidance=method.guidance)
         return cls(model.arch, latents, [concept for concept in range(len(each)) for _ in range(method.n_images)], each)
 
-    def noised(self, what: str, seed: int, batch: Batch, size: int) -> Noised:
+    def noised(self, what: str, seed: int, batch: Batch, size: int) -> NoisedPictures:
         """The samples of a part of a step's batch: pictures in turn, and what is drawn from the step and their places alone."""
         own = batch.places(size)
         chosen = [self._in_turn(what, seed, batch.step * batch.parts * size + place) for place in own]
         draws = [seeded(what, seed, batch.step, place) for place in own]
         asked = [self.prompts[self.concepts[picture]] for picture in chosen]
         prompts = [some[int(torch.randint(len(some), (), generator=draw))] for some, draw in zip(asked, draws, strict=True)]
-        t = torch.stack([torch.randint(self.arch.train_timesteps, (), generator=draw) for draw in draws]).to(self.latents.device)
-        noise = torch.stack([torch.randn(self.latents.shape[1:], generator=draw) for draw in draws]).to(self.latents)
-        z = self.latents[torch.tensor(chosen)]
-        return Noised(self.arch.add_noise(z, noise, t), t, self.arch.target(z, noise, t), prompts)
+        seen = noised(self.arch, self.latents[chosen], draws)
+        return NoisedPictures(seen.latents, seen.t, seen.target, prompts)
 
     def _in_turn(self, what: str, seed: int, number: int) -> int:
         """The picture of the sample with this number, counted from the first of the first step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
-from toolkit.concepts import Concept, EraseTask, Task
+from toolkit.concepts import Concept, EraseTask, Task, expect
 from toolkit.errors import UserError
 
 
@@ -15,8 +15,7 @@ def erase_task(task: Task, preserve_weight: float | None = 1.0, *, anchors: bool
     preserve_weight: None for a method that has no such weight. anchors: False for a method that takes none, and warns of them.
     needs_preserved: False for one that has more to keep than the task says.
     """
-    if not isinstance(task, EraseTask):
-        raise UserError(f"given a {type(task).__name__}, needs an EraseTask; this method erases concepts")
+    task = expect(EraseTask, task)
     if task.preserve and not preserve_weight:
         why = "this method keeps nothing, so what the task preserves has no effect; preserve nothing"
         if preserve_weight is not None:

@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.closed_form.realera_embedding import RealEraEmbedding
-from pipelines.closed_form.rows import KeepChoice, Nothing, Placed, encode_prompts, erase_task, fill
+from pipelines.closed_form.rows import KeepChoice, Nothing, Placed, encode_prompts, fill
 from toolkit.arch.text import Text
-from toolkit.concepts import Concept, EraseTask, Task
+from toolkit.concepts import Concept, EraseTask, Task, expect
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import seeded
+from trainers.erase.options import Steered
 from trainers.erase.prompts import concept_prompts, one_each
-from trainers.erase.samples import Samples
+from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
-from trainers.method import Trained
 from trainers.trajectories import Trajectories
 from trainers.weights import LoraWeights
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RealEra(Trained):
+class RealEra(Steered):
     """RealEra: Semantic-level Concept Erasure via Neighbor-Concept Mining, Liu et al., arXiv 2410.09140.
 
     Both stages of the method: its closed form, which is `realera_embedding`, and low-rank factors that are trained on top of it.
@@ -79,10 +79,6 @@ class RealEra(Trained):
     rank: int = option(4, "of the trained factors")
     neighbour_weight: float = option(1.0, "weight of the neighbours in training (alpha)")
     beyond_weight: float = option(1.0, "weight of what is beyond staying as it is in training (beta)")
-    eta: float = option(1.0, "how far beyond the base the concept is steered away")
-    trajectories: int = option(32, "drawings of the frozen model whose steps are trained on")
-    sampling_steps: int = option(50, "steps of each of them")
-    guidance: float = option(3.0, "guidance scale of the drawings")
     neighbours: int = option(5, "random embeddings near the concept that are erased, for each prompt or sample")
     beyond: int = option(3, "random embeddings further away that are kept, for each prompt or sample")
     radius: float = option(1.0, "how far neighbours are from the concept at most, in norms of its embedding")
@@ -97,19 +93,16 @@ class RealEra(Trained):
     lamb: float = option(0.5, "closed form: weight of staying close to the given weights")
     max_train_steps: int = option(500, "optimizer steps")
     learning_rate: float = option(1e-4, "step size")
-    weight_decay: float = option(0.0, "of the optimizer")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2410.09140"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.embedding().check()
-        self.at_least(1, "trajectories", "sampling_steps", "rank")
-        if self.guidance <= 1 or min(self.neighbour_weight, self.beyond_weight) <= 0:
-            given = f"guidance {self.guidance}, neighbour_weight {self.neighbour_weight}, beyond_weight {self.beyond_weight}"
-            raise UserError(f"{given}; needs more than 1, 0 and 0; to leave one of the two kinds out, give neighbours or beyond 0")
+        self.at_least(1, "rank")
+        if min(self.neighbour_weight, self.beyond_weight) <= 0:
+            given = f"neighbour_weight {self.neighbour_weight}, beyond_weight {self.beyond_weight}"
+            raise UserError(f"{given}; needs more than 0 of each; to leave one of the two kinds out, give neighbours or beyond 0")
         for without, unread in (
             ("closed_form false", () if self.closed_form else ("rows", "erase_scale", "preserve_scale", "preserve_rows", "lamb")),
             ("neighbours 0", () if self.neighbours else ("neighbour_weight", "max_similarity")),
@@ -125,7 +118,7 @@ class RealEra(Trained):
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
-        task = erase_task(task)
+        task = expect(EraseTask, task)
         if task.preserve and not self.closed_form:
             why = "closed_form is false, and training keeps none of what the task preserves, which has no effect"
             warnings.warn(f"{why}; leave closed_form at true to keep it", stacklevel=2)
@@ -158,7 +151,7 @@ class Alignment(Objective):
         seeds, options = range(method.seed, method.seed + len(drawn)), {"steps": method.sampling_steps, "guidance": method.guidance}
         seen = Trajectories.of(model, prompts, seeds, beside={"base": bases}, **options)
         target = seen.outputs["base"] - method.eta * (seen.outputs["prompt"] - seen.outputs["negative"])
-        self.drawn = Samples(model.arch, prompts, seen.latents, seen.t, target)
+        self.drawn = TrajectorySteps(model.arch, prompts, seen.latents, seen.t, target)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         method, places = self.method, batch.places(self.method.train_batch_size)

@@ -18,10 +18,10 @@ from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import seeded
+from trainers.erase.options import Steered
 from trainers.erase.prompts import concept_prompts, erase_task
-from trainers.erase.samples import Samples
+from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
-from trainers.method import Trained
 from trainers.trajectories import Trajectories
 from trainers.weights import ModuleWeights
 
@@ -33,7 +33,7 @@ NEEDED_BY = {"attack_steps": ("attack_tokens", "attack_learning_rate"), "localit
 
 
 @dataclass(frozen=True)
-class Receler(Trained):
+class Receler(Steered):
     """Receler: Reliable Concept Erasing of Text-to-Image Diffusion Models via Lightweight Erasers, Huang et al., arXiv 2311.17717.
 
     Equation
@@ -69,28 +69,21 @@ class Receler(Trained):
     """
 
     rank: int = option(128, "width of each eraser")
-    eta: float = option(1.0, "how far beyond the base the concept is steered away")
     locality_weight: float = option(0.1, "weight of the erasers doing nothing where the concept is not")
     mask_threshold: float = option(0.1, "where the concept is: part of the range of the attention to its words, above 0")
     attack_steps: int = option(50, "steps in which soft tokens that bring the concept back are found for each sample; 0: no attack")
     attack_tokens: int = option(16, "soft tokens after the prompt")
     attack_learning_rate: float = option(0.1, "step size of the attack")
-    trajectories: int = option(32, "drawings of the frozen model whose steps are trained on")
-    sampling_steps: int = option(50, "steps of each of them")
-    guidance: float = option(3.0, "guidance scale of the drawings")
     learning_rate: float = option(3e-4, "step size")
-    weight_decay: float = option(0.0, "of the optimizer")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2311.17717"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "rank", "attack_tokens", "trajectories", "sampling_steps")
-        if self.guidance <= 1 or min(self.attack_steps, self.locality_weight) < 0 or not 0 < self.mask_threshold <= 1:
-            given = f"guidance {self.guidance}, attack_steps {self.attack_steps}, locality_weight {self.locality_weight}"
-            raise UserError(f"{given}, mask_threshold {self.mask_threshold}; needs more than 1, at least 0 twice, and more than 0 up to 1")
+        self.at_least(1, "rank", "attack_tokens")
+        self.at_least(0, "attack_steps", "locality_weight")
+        if not 0 < self.mask_threshold <= 1:
+            raise UserError(f"mask_threshold is {self.mask_threshold}, needs more than 0 up to 1; give such a number")
         for of, needing in NEEDED_BY.items():
             for name in self.changed(needing):
                 if not getattr(self, of):
@@ -130,7 +123,7 @@ class Erasing(Objective):
         seen = Trajectories.of(model, prompts, seeds, beside={"base": bases}, **options)
         self.shown = seen.outputs["prompt"]
         target = seen.outputs["base"] - method.eta * (self.shown - seen.outputs["negative"])
-        self.samples = Samples(model.arch, prompts, seen.latents, seen.t, target)
+        self.samples = TrajectorySteps(model.arch, prompts, seen.latents, seen.t, target)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         method, device, places = self.method, self.arch.device, batch.places(self.method.train_batch_size)

@@ -1,23 +1,23 @@
-"""What methods that erase by training share: steps of trajectories as samples, and the parameters that they train."""
+"""What methods that erase by training share: steps of trajectories and noised latents as samples, and the parameters that they train."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from toolkit.arch.text import Text
 from toolkit.runs import seeded
+from trainers.erase.options import Parameters
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
 
-Parameters = Literal["x", "x_strict", "u", "all"]
 
-
-class Samples:
+class TrajectorySteps:
     """Every step of every trajectory, with the prompt that is asked there and what the answer should be.
 
     latents, target: [n, steps, c, h', w']. t: [steps].
@@ -38,6 +38,23 @@ class Samples:
         """Latents, timesteps, text and target of these steps of these trajectories."""
         i, k = torch.tensor(rows), torch.tensor(steps)
         return self.latents[i, k].to(device), self.t[k].to(device), self.text[self.row[i].to(device)], self.target[i, k].to(device)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """latents [n, c, h', w'], at t [n]. target, like the latents: what training asks of the denoiser there."""
+
+    latents: Tensor
+    t: Tensor
+    target: Tensor
+
+
+def noised(arch: Architecture, z: Tensor, draws: Sequence[torch.Generator], times: Sequence[int] | None = None) -> Noised:
+    """Latents [n, c, h', w'] with noise, each from its own generator. times: timesteps; None draws them uniformly, before the noise."""
+    t = times or [int(torch.randint(arch.train_timesteps, (), generator=draw)) for draw in draws]
+    t = torch.tensor(t, device=z.device)
+    noise = torch.stack([torch.randn(z.shape[1:], generator=draw) for draw in draws]).to(z)
+    return Noised(arch.add_noise(z, noise, t), t, arch.target(z, noise, t))
 
 
 def parameter_names(arch: Architecture, which: Parameters) -> list[str]:

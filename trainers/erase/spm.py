@@ -18,9 +18,9 @@ from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import seeded
 from toolkit.sample import partly_denoised
+from trainers.erase.options import TrainedEraser
 from trainers.erase.prompts import concept_prompts, erase_task
 from trainers.loop import Batch, Objective
-from trainers.method import Trained
 from trainers.weights import LoraWeights
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ NEEDED = {"anchors": "anchor_weight", "gate_floor": "gate"}  # option -> the one
 
 
 @dataclass(frozen=True)
-class SPM(Trained):
+class SPM(TrainedEraser):
     """One-dimensional Adapter to Rule Them All: Concepts, Diffusion Models and Erasing Applications, Lyu et al., arXiv 2312.16145.
 
     Equation
@@ -83,8 +83,6 @@ class SPM(Trained):
     learning_rate: float = option(1e-4, "step size")
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option("cosine", "how the step size changes")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2312.16145"
 
     def __post_init__(self) -> None:

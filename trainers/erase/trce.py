@@ -14,17 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.closed_form.rows import erase_task
 from pipelines.closed_form.trce_embedding import TRCEEmbedding
 from toolkit.arch.text import Text
-from toolkit.concepts import Concept, EraseTask, Task
+from toolkit.concepts import Concept, EraseTask, Task, expect
 from toolkit.edits.chain import Chain
 from toolkit.errors import UserError
 from toolkit.method import option
+from trainers.erase.options import TrainedOnDrawings
 from trainers.erase.prompts import concept_prompts, one_each
-from trainers.erase.samples import Samples
+from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
-from trainers.method import Trained
 from trainers.trajectories import Trajectories
 from trainers.weights import FullWeights
 
@@ -37,7 +36,7 @@ KEPT = 4  # samples without a prompt beside each of the concept's
 
 
 @dataclass(frozen=True)
-class TRCE(Trained):
+class TRCE(TrainedOnDrawings):
     """TRCE: Towards Reliable Malicious Concept Erasure in Text-to-Image Diffusion Models, Chen et al., arXiv 2503.07389.
 
     Both stages: `trce_embedding`, which solves for the keys and values of the cross-attention, and on top of it what is trained here,
@@ -80,29 +79,23 @@ class TRCE(Trained):
     unconditional_weight: float = option(100.0, "weight of predictions without a prompt staying as they are")
     early: float = option(0.5, "part of the sampler's steps, from the first, that the concept is unlearned at")
     trajectories: int = option(100, "drawings of the concept whose early steps are trained on, and as many without a prompt")
-    sampling_steps: int = option(50, "steps of each of them")
-    guidance: float = option(3.0, "guidance scale of the drawings")
     preserve_scale: float = option(0.01, "weight of each kept prompt in the first stage")
     lamb: float = option(0.5, "weight of staying close to the given weights in the first stage; 0 needs many preserved prompts")
     max_train_steps: int = option(300, "optimizer steps")
     learning_rate: float = option(1e-6, "step size")
 
-    kind: ClassVar = "erase"
-    architectures: ClassVar = ("sd", "sdxl")
     paper: ClassVar = "arXiv:2503.07389"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.trajectories, self.sampling_steps) < 1 or self.guidance <= 1 or not 0 < self.early <= 1:
-            given = f"trajectories {self.trajectories}, sampling_steps {self.sampling_steps}, guidance {self.guidance}, early {self.early}"
-            raise UserError(f"{given}; needs at least 1, 1, more than 1, and more than 0 up to 1")
-        if min(self.eta, self.margin, self.unconditional_weight) < 0:
-            given = f"eta {self.eta}, margin {self.margin}, unconditional_weight {self.unconditional_weight}"
-            raise UserError(f"{given}; none may be below 0")
+        self.more_than(1, "guidance")  # the prediction without a prompt is a part of the target
+        self.at_least(0, "eta", "margin", "unconditional_weight")
+        if not 0 < self.early <= 1:
+            raise UserError(f"early is {self.early}, needs more than 0 up to 1; give such a number")
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
-        task, on = erase_task(task), model.info(self).on
+        task, on = expect(EraseTask, task), model.info(self).on
         one_each(self.trajectories, task)
         first = TRCEEmbedding(preserve_scale=self.preserve_scale, lamb=self.lamb).fit(model, task)
         drawn = early_steps(model, self, task)
@@ -127,7 +120,7 @@ class Turning(Objective):
     To be made where the first stage is attached. drawn: see `early_steps`.
     """
 
-    def __init__(self, model: Model, method: TRCE, drawn: Samples) -> None:
+    def __init__(self, model: Model, method: TRCE, drawn: TrajectorySteps) -> None:
         self.module = self.weights = FullWeights(model, trained_names(model.arch))
         self.arch, self.method, self.drawn = model.arch, method, drawn
         self.nothing = model.arch.encode_negative([""])
@@ -136,7 +129,7 @@ class Turning(Objective):
             blank = [""] * method.trajectories
             seeds = range(method.seed, method.seed + len(blank))
             seen = Trajectories.of(model, blank, seeds, steps=method.sampling_steps, guidance=method.guidance)
-            self.kept = Samples(model.arch, blank, seen.latents, seen.t, seen.outputs["negative"])
+            self.kept = TrajectorySteps(model.arch, blank, seen.latents, seen.t, seen.outputs["negative"])
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         method, device = self.method, self.arch.device
@@ -160,7 +153,7 @@ class Turning(Objective):
         return erase + method.unconditional_weight * keep, {"erase": erase.item(), "keep": keep.item()}
 
 
-def early_steps(model: Model, method: TRCE, task: EraseTask) -> Samples:
+def early_steps(model: Model, method: TRCE, task: EraseTask) -> TrajectorySteps:
     """The early steps of drawings of the concepts. Target: what is preferred there, and what is rejected [n, steps, 2, c, h', w'].
 
     Nothing to learn there is warned of.
@@ -176,7 +169,7 @@ def early_steps(model: Model, method: TRCE, task: EraseTask) -> Samples:
     if not any((distance(side, prefer) - distance(side, reject) + method.margin > 0).any() for side in (concept, nothing)):
         what = f"eta {method.eta:g} and margin {method.margin:g}: all predictions are nearer to what is preferred from the start"
         warnings.warn(f"{what}, so that nothing is learned; raise margin, lower eta, or choose another anchor", stacklevel=2)
-    return Samples(model.arch, prompts, seen.latents[:, early], seen.t[early], torch.stack([prefer, reject], 2))
+    return TrajectorySteps(model.arch, prompts, seen.latents[:, early], seen.t[early], torch.stack([prefer, reject], 2))
 
 
 def distance(one: Tensor, other: Tensor) -> Tensor:
