@@ -178,7 +178,7 @@ def test_what_would_have_no_effect_is_said(model: Model) -> None:
         ({"beyond": 0, "beyond_radius": 2.0}, "beyond_radius given beside beyond 0"),
         ({"neighbours": 0, "beyond": 0, "radius": 0.5}, "radius given beside neighbours 0 and beyond 0"),
         ({"neighbour_weight": 0.0}, "neighbour_weight 0.0.*give neighbours or beyond 0"),
-        ({"guidance": 1.0}, "guidance 1.0"),
+        ({"guidance": 1.0}, "guidance is 1.0"),
         ({"rank": 0}, "rank is 0"),
         ({"radius": 2.0}, "radius is 2 and beyond_radius 1.6"),
     ):

@@ -152,7 +152,7 @@ def test_what_would_have_no_effect_is_said(model: Model) -> None:
         early_steps(model, TRCE(**QUICK, margin=0.0, eta=0.0), EraseTask((Concept("cat", anchor="cat"),)))
     with pytest.raises(UserError, match="trajectories is 1, for 2 concepts"):
         TRCE(**{**QUICK, "trajectories": 1}).fit(model, TASK)
-    with pytest.raises(UserError, match=r"early 0\.0; needs at least 1"):
+    with pytest.raises(UserError, match=r"early is 0\.0"):
         TRCE(early=0.0)
-    with pytest.raises(UserError, match=r"eta -1\.0, margin 0\.01"):
+    with pytest.raises(UserError, match=r"eta is -1\.0"):
         TRCE(eta=-1.0)
