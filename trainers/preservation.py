@@ -26,17 +26,20 @@ if TYPE_CHECKING:
     from toolkit.model import Model
 
 CLASS = "a photo of a {}"  # the prompt of pictures of a class
-DRAWING = ("class_images", "class_prompts", "num_class_images", "class_image_steps", "class_image_guidance")  # options of "images" alone
+DRAWING = ("class_images", "class_prompts", "num_class_images", "class_image_steps", "class_image_guidance")  # options of pictures
+OF_PICTURES = ("images", "distillation")
+Prior = Literal["none", "images", "prediction", "distillation"]
+PRIOR = "what keeps the class: images of it, the model's own prediction at the subject's images, or at images of the class (distillation)"
 
 
 @dataclass(frozen=True)
 class Preserving(Learned, ABC):
     """Base of the methods that learn subjects and can preserve the class."""
 
-    prior: Literal["none", "images", "prediction"] = option("none", "what keeps the class: images of it, or the model's own prediction")
+    prior: Prior = option("none", PRIOR)
     prior_weight: float = option(1.0, "weight of that")
-    class_images: str | None = option(None, "folder of pictures of the class, for images; none: the model draws them")
-    class_prompts: tuple[str, ...] = option((), "what the model draws for images, in turn; empty: a photo of each class")
+    class_images: str | None = option(None, "folder of pictures of the class; none: the model draws them")
+    class_prompts: tuple[str, ...] = option((), "what the model draws instead, in turn; empty: a photo of each class")
     num_class_images: int = option(100, "pictures that the model draws of each class, or of all class_prompts")
     class_image_steps: int = option(20, "steps of each of them")
     class_image_guidance: float | None = option(None, "guidance scale of each of them; none is the model's own")
@@ -46,10 +49,10 @@ class Preserving(Learned, ABC):
         unused = self.changed((*DRAWING, "prior_weight"))
         if self.prior == "prediction":
             unused = [name for name in unused if name != "prior_weight"]
-        if self.prior == "images":
+        if self.prior in OF_PICTURES:
             unused = [name for name in unused if self.class_images is not None and name in DRAWING[1:]]
         if unused:
-            beside = f"prior {self.prior}" + (" and class_images" if self.prior == "images" else "")
+            beside = f"prior {self.prior}" + (" and class_images" if self.prior in OF_PICTURES else "")
             raise UserError(f"{', '.join(unused)} given with {beside}, where it has no effect; leave it out")
         if min(self.num_class_images, self.class_image_steps) < 1 or self.prior_weight <= 0:
             given = (
@@ -79,7 +82,8 @@ class PreservedDenoising(Denoising):
 
     "images": L + prior_weight E || eps - eps_theta(z'_t, t, c(class)) ||^2 over pictures z' of the class. "prediction": needs none;
     L + prior_weight E || eps*(z_t, t, c(y')) - eps_theta(z_t, t, c(y')) ||^2 with z_t that of the subject's picture, y' its prompt with the
-    class name for the word, and eps* the model before.
+    class name for the word, and eps* the model before. "distillation" is that at pictures of the class and their own prompts, so that
+    what is to stay may be anything, by `class_prompts`; unlike with "images", there is nothing to learn from them.
     """
 
     module: Trainable
@@ -95,12 +99,12 @@ class PreservedDenoising(Denoising):
     ) -> None:
         super().__init__(weights, pictures, text, method)
         self.preserving, self.subjects = method, subjects
-        self.known = class_pictures(model, subjects, method) if method.prior == "images" else None
-        self.before = Prompts(model.arch, method.cache) if method.prior == "prediction" else None
+        self.known = class_pictures(model, subjects, method) if method.prior in OF_PICTURES else None
+        self.before = Prompts(model.arch, method.cache)  # what the text encoders say without what is trained
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        if self.before is not None:
-            learnt, kept = self._without_pictures(self.samples(batch), self.before)
+        if self.preserving.prior == "prediction":
+            learnt, kept = self._without_pictures(self.samples(batch))
         elif self.known is not None:
             known = self.known.draw(f"{self.method.name()} class", self.method, batch)
             learnt, kept = self._with_pictures(self.samples(batch), known)
@@ -108,13 +112,11 @@ class PreservedDenoising(Denoising):
             return super().loss(batch)
         return learnt + self.preserving.prior_weight * kept, {"subject": learnt.item(), "class": kept.item()}
 
-    def _without_pictures(self, samples: Samples, encoded_before: Prompts) -> tuple[Tensor, Tensor]:
+    def _without_pictures(self, samples: Samples) -> tuple[Tensor, Tensor]:
         prompts = [without_token(prompt, self.subjects) for prompt in samples.prompts]
         noisy, count = self.noisy(samples), len(samples.rows)
-        with self.module.off(), torch.no_grad():
-            before = self.arch.predict(noisy, samples.t, encoded_before(prompts))
         after = self._predict((noisy, noisy), (samples.t, samples.t), [*samples.prompts, *prompts])
-        return self.error(samples, after[:count]), F.mse_loss(after[count:], before)
+        return self.error(samples, after[:count]), self._moved(after[count:], noisy, samples.t, prompts)
 
     def _with_pictures(self, samples: Samples, known: Samples) -> tuple[Tensor, Tensor]:
         noisy, count = (self.noisy(samples), self.noisy(known)), len(samples.rows)
@@ -123,7 +125,15 @@ class PreservedDenoising(Denoising):
         else:
             both = self._predict(noisy, (samples.t, known.t), [*samples.prompts, *known.prompts])
             ours, theirs = both[:count], both[count:]
+        if self.preserving.prior == "distillation":
+            return self.error(samples, ours), self._moved(theirs, noisy[1], known.t, known.prompts)
         return self.error(samples, ours), self.error(known, theirs)
+
+    def _moved(self, output: Tensor, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        """How far an output is from that of the model before: the mean square."""
+        with self.module.off(), torch.no_grad():
+            before = self.arch.predict(noisy, t, self.before(prompts))
+        return F.mse_loss(output, before)
 
     def _predict(self, noisy: tuple[Tensor, Tensor], t: tuple[Tensor, Tensor], prompts: list[str]) -> Tensor:
         return self.arch.predict(torch.cat(noisy), torch.cat(t), self.text(prompts))

@@ -110,5 +110,5 @@ def test_what_would_have_no_effect_is_said(model: Model) -> None:
     assert edit.info.notes["steps"] == 3 and edit.info.notes["loss"]["first"] > 0
     with pytest.raises(UserError, match="nothing is preserved"):
         ESD(**QUICK, preserve_weight=1.0).fit(model, TASK)
-    with pytest.raises(UserError, match="guidance is 1.0, needs more than 1"):
+    with pytest.raises(UserError, match="guidance is 1"):
         ESD(guidance=1.0)

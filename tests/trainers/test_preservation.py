@@ -77,6 +77,25 @@ def test_with_pictures_it_is_the_error_on_them(tiny: Model, subject: Subject, tm
     assert loss.item() == pytest.approx(ours + theirs, rel=1e-4)
 
 
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_distilled_it_is_how_far_predictions_on_them_have_moved(tiny: Model, subject: Subject, train_text_encoder: bool) -> None:
+    options: dict[str, Any] = {"num_class_images": 3, "class_image_steps": 2, "train_text_encoder": train_text_encoder}
+    with objective(tiny, subject, prior="distillation", prior_weight=0.7, **options) as (denoising, _), torch.no_grad():
+        _, values = denoising.loss(Batch(3))
+        assert values["class"] == pytest.approx(0, abs=1e-10), "before training nothing has moved"
+        shaken(denoising)
+        loss, values = denoising.loss(Batch(3))
+        known = denoising.known.draw("dreambooth_lora class", denoising.method, Batch(3))
+        noisy = tiny.arch.add_noise(known.latents, known.noise, known.t)
+        after, ours = tiny.arch.predict(noisy, known.t, tiny.arch.encode(known.prompts)), error(tiny, denoising.samples(Batch(3)))
+        with denoising.module.off():
+            before = tiny.arch.predict(noisy, known.t, tiny.arch.encode(known.prompts))
+    kept = float((after - before).square().mean())
+    assert kept > 0
+    assert values == pytest.approx({"subject": ours, "class": kept}, rel=1e-4)
+    assert loss.item() == pytest.approx(ours + 0.7 * kept, rel=1e-4)
+
+
 def test_other_prompts_can_be_drawn_instead_of_the_class(tiny: Model, subject: Subject) -> None:
     options: dict[str, Any] = {"class_prompts": ("a dog", "a house"), "num_class_images": 3, "class_image_steps": 2}
     with objective(tiny, subject, prior="images", **options) as (denoising, _):
@@ -95,7 +114,9 @@ def test_the_class_moves_less_when_it_is_preserved(tiny: Model, subject: Subject
             with tiny.attached(edit):
                 return float((tiny.arch.predict(latents, t, tiny.arch.encode(["a cat on red"] * 8)) - before).square().mean())
 
-    assert drift(prior="prediction", prior_weight=10.0) < 0.7 * drift()
+    alone, drawn = drift(), {"num_class_images": 3, "class_image_steps": 2}
+    assert drift(prior="prediction", prior_weight=10.0) < 0.7 * alone
+    assert drift(prior="distillation", prior_weight=10.0, **drawn) < 0.9 * alone
 
 
 @pytest.mark.parametrize(
