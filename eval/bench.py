@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eval.bench_results import Measured
+from eval.bench_results import Costs, Measured
 from eval.cells import Cell
-from eval.fidelity import oracle_kid
+from eval.fidelity import drift, oracle_kid
 from eval.prompts import Prompt
 from eval.rates import Painter, Shown
 from eval.unedited import Unedited, reading_of, reading_to_json
@@ -26,6 +26,8 @@ from toolkit.world.scenes import Scene, World
 
 if TYPE_CHECKING:
     from toolkit.model import Model
+
+DRIFT = 32  # images of everything else whose pixels are compared with those of the unedited model
 
 
 @dataclass
@@ -66,7 +68,8 @@ class Bench:
         for label, pairs in cell.asked.items():
             stored = _by_prompts(record["images"][label])
             images[label] = [tuple(map(from_json, stored[pair])) for pair in pairs]
-        return Measured(cell, images, record["seconds"], record["bytes"], record["steps"], record["kid"])
+        costs = Costs(record["seconds"], record["peak_memory_mb"], record["bytes"])
+        return Measured(cell, images, costs, record["steps"], record["kid"], record.get("drift", ()))
 
     def measure(self, cell: Cell) -> None:
         """Fit the method, draw what is missing before and after, and write what the oracle reads, label by label."""
@@ -100,6 +103,8 @@ class Bench:
             record["images"][label] = list((_by_prompts(record["images"].get(label, [])) | _by_prompts(drawn)).values())
             if label == "name":
                 record["kid"] = [kid, oracle_kid(self.world, self.painter.oracle, after).as_json()["value"]]
+            if label == "kept":
+                record["drift"] = drift(self.painter.draw(self.model, first[:DRIFT], title), after[:DRIFT])
             write_atomic(self.file(cell), json.dumps(record, ensure_ascii=False))
 
     def _record(self, cell: Cell) -> dict[str, Any]:

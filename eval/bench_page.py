@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from eval.bench_results import (
@@ -26,18 +27,29 @@ from eval.bench_results import (
 )
 from eval.cells import Cell, Portrait
 from eval.experiment import Experiment, Section
+from eval.intervals import mean
 from eval.rates import DRAWN_WELL, background_right, drawn_instead, drawn_well, most_drawn, object_right, relative, share, style_right
 from eval.subjects import PICTURES
 
 BARS = ("what", "bar", "unedited", "measured", "n")
 ERASED = ("by name", "given synonyms", "held-back synonyms")
 COMPARED = {
-    "objects": (*ERASED, "the worst by name", "beside another", "the other", "clean instead", "others kept", "styles", "backgrounds"),
+    "objects": (
+        *ERASED,
+        "the worst by name",
+        "beside another",
+        "the other",
+        "clean instead",
+        "others kept",
+        "styles",
+        "backgrounds",
+        "drift",
+    ),
     "styles": ("drawn by name", "unedited, no style named", "object right", "background right", "others kept"),
     "subjects": ("new contexts", "beside another", "both drawn", "unedited, by its name", "background", "others kept"),
 }
 INSTEAD = ("shows", "most often", "background", "style", "oracle-KID", "others kept")
-COST = ("fit, s", "edit, KiB")
+COST = ("fit, s", "memory, MiB", "edit, KiB")
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,7 @@ def objects(found: Sequence[Measured]) -> list[str]:
         short(relative(*beside, other_drawn)),
         short(answers(found, "none", "other", "anchor")),
         *(short(kept(found, test), 1) for test in (object_right, style_right, background_right)),
+        short(mean([value for result in found for value in result.drift]), 1),
     ]
 
 
@@ -189,12 +202,13 @@ def portrait(result: Measured) -> list[str]:
 
 def cost(result: Measured) -> list[str]:
     """What fitting took and what the edit's file is."""
-    return [f"{result.seconds:.1f}", f"{result.bytes / 1024:.0f}"]
+    return mean_cost([result])
 
 
 def mean_cost(found: Sequence[Measured]) -> list[str]:
     """The same, on average over tasks."""
-    return [f"{sum(r.seconds for r in found) / len(found):.1f}", f"{sum(r.bytes for r in found) / len(found) / 1024:.0f}"]
+    seconds, memory, size = (fmean(getattr(r.costs, name) for r in found) for name in ("seconds", "memory", "bytes"))
+    return [f"{seconds:.1f}", f"{memory:.0f}", f"{size / 1024:.0f}"]
 
 
 def by_object_kept(per_method: Mapping[str, Sequence[Measured]], most: int = 8) -> str:
@@ -260,10 +274,11 @@ are drawn in {steps} steps with guidance {guidance} and read by oracle {version}
 {about}{absent}
 {notes}
 - **Others kept**: images of everything else, every object about as often, right after relative to before, with the same prompts and
-  seeds; their styles and backgrounds likewise.
+  seeds; their styles and backgrounds likewise. **Drift** is how far these images have moved: the root mean square of their pixels'
+  differences to the unedited model's, in percent of the range.
 - Only what the unedited model draws at least 80 % right counts. Left out: {poorly}.
 
-Seconds are those of the machine that this page was made on.
+Seconds are those of the machine that this page was made on, memory is the largest of the whole process, model included.
 
 ## Bars missed
 

@@ -48,15 +48,27 @@ class Row(Line):
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Of fitting an edit: seconds, the largest memory of the process meanwhile, in MiB, and bytes of the edit's file."""
+
+    seconds: float
+    memory: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Measured:
-    """A cell with its images, before and after, by label. kid: oracle-KID of the images by name, before and after."""
+    """A cell with its images, before and after, by label.
+
+    kid: oracle-KID of the images by name, before and after. drift: of some images of everything else, see `eval.fidelity.drift`.
+    """
 
     cell: Cell
     images: Mapping[str, Sequence[tuple[Shown, Shown]]]
-    seconds: float
-    bytes: int
+    costs: Costs
     steps: int | None
     kid: Sequence[float | None]
+    drift: Sequence[float] = ()
 
     def sides(self, label: str) -> tuple[list[Shown], list[Shown]]:
         """The images of a label before and after; about erased objects, only of those that the unedited model draws well."""

@@ -1,4 +1,4 @@
-"""Whether images look like the world's own pictures, whatever they show: oracle-KID.
+"""Whether images look like the world's own pictures, whatever they show (oracle-KID), and how far they have moved.
 
 Kernel Inception Distance (Binkowski et al., Demystifying MMD GANs, arXiv 1801.01401) is the unbiased squared maximum mean
 discrepancy under the kernel k(x, y) = (x^T y / d + 1)^3. Here the features are the oracle's instead of Inception's, so its
@@ -54,6 +54,12 @@ def oracle_kid(world: World, oracle: Oracle, shown: Sequence[Shown]) -> Estimate
     legitimate = torch.from_numpy(np.stack(renders)).permute(0, 3, 1, 2).float() / 255
     images = torch.stack([item.pixels for item in shown]).float() / 255
     return polynomial_mmd(features(oracle, images), features(oracle, legitimate))
+
+
+def drift(before: Sequence[Shown], after: Sequence[Shown]) -> list[float]:
+    """How far each image has moved from its fellow: the root mean square of its pixels' differences, in parts of their range."""
+    pairs = zip(before, after, strict=True)
+    return [((a.pixels.float() - b.pixels.float()) / 255).square().mean().sqrt().item() for a, b in pairs]
 
 
 def scene_of(world: World, shown: Shown) -> Scene:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -128,7 +131,10 @@ class TrainingRun:
 
 @dataclass
 class Cost:
-    """Wall-clock seconds, and the peak memory in MiB (of the GPU when one was used, else of the whole process so far)."""
+    """Wall-clock seconds, and the peak memory meanwhile in MiB: of the GPU when one was used, else of the whole process.
+
+    Systems other than Linux know the process's peak only since its start.
+    """
 
     seconds: float = 0.0
     peak_memory_mb: float = 0.0
@@ -141,13 +147,28 @@ def timed() -> Iterator[Cost]:
     on_gpu = torch.cuda.is_initialized()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    else:
+        _forget_peak()
     yield cost
     cost.seconds = round(time.perf_counter() - start, 3)
     cost.peak_memory_mb = round((torch.cuda.max_memory_allocated() if on_gpu else _peak_of_process()) / 2**20, 1)
 
 
+def _forget_peak() -> None:
+    """Count the process's peak memory from now on, where the system can: what was freed is given back to it before."""
+    if (peak := Path("/proc/self/clear_refs")).exists():
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # not every container may, not every C library can
+            ctypes.CDLL(None).malloc_trim(0)
+            peak.write_text("5")
+
+
 def _peak_of_process() -> int:
-    """The largest resident size of this process so far, in bytes."""
+    """The largest resident size of this process, in bytes: since it was last forgotten, or so far."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
     if sys.platform == "win32":
         import psutil
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from eval.bench_page import Report, described
-from eval.bench_results import Measured, Row, rows, still_drawn
+from eval.bench_results import Costs, Measured, Row, rows, still_drawn
 from eval.cells import Cell, plan
 from eval.experiment import read
 from eval.prompts import Prompt
@@ -30,7 +30,7 @@ def measured(cell: Cell, draw: Draw) -> Measured:
         label: [(shown(a, reading({}) if unseen and label != "kept" else None), shown(b, draw(cell, b))) for a, b in pairs]
         for label, pairs in cell.asked.items()
     }
-    return Measured(cell, images, 1.5, 2048, 500 if unseen else None, (0.01, 0.02))
+    return Measured(cell, images, Costs(1.5, 900.0, 2048), 500 if unseen else None, (0.01, 0.02))
 
 
 def clean(cell: Cell, prompt: Prompt) -> Reading | None:
@@ -141,7 +141,7 @@ def test_what_is_not_drawn_before_does_not_count(cells: list[Cell]) -> None:
             label: [(shown(a.prompt, reading({})) if of in a.prompt.names else a, b) for a, b in pairs]
             for label, pairs in measured(cell, clean).images.items()
         }
-        return Measured(cell, images, 1.0, 1, None, (None, None))
+        return Measured(cell, images, Costs(1.0, 900.0, 1), None, (None, None))
 
     weapons = poor("uce-weapons,-in-one-task", "bow")
     assert {item.prompt.names[0] for item in weapons.sides("held_back")[1]} == set(weapons.cell.erased) - {"bow"}

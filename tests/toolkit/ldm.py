@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import gc
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ from toolkit.arch.sd import SD, tiny_tokenizer
 from toolkit.arch.sdxl import SDXL
 from toolkit.arch.single_file import CONFIGS
 from toolkit.model import DTYPES, Model
+from toolkit.runs import timed
 
 if TYPE_CHECKING:
     import pytest
@@ -125,17 +124,11 @@ def write_sparse(shapes: Mapping[str, tuple[int, ...]], path: Path, **metadata: 
     return path
 
 
-def peak_of(work: Callable[[], object]) -> int:
-    """The peak of the process's resident memory while it works, in kB. Linux alone forgets an earlier peak when asked to.
-
-    What earlier work has freed is given back before, or this work would reuse it and no growth be seen.
-    """
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    work()
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+def peak_of(work: Callable[[], object]) -> float:
+    """The peak of the process's resident memory while it works, in kB, on Linux."""
+    with timed() as cost:
+        work()
+    return 1024 * cost.peak_memory_mb
 
 
 @functools.cache

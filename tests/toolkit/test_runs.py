@@ -67,6 +67,15 @@ def test_timed_measures_the_block() -> None:
     assert 50 < cost.peak_memory_mb < 10**6, "a process with torch has hundreds of MiB, not thousands of GiB"
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak when asked to")
+def test_an_earlier_peak_is_forgotten() -> None:
+    with timed() as large:
+        torch.ones(2**26)
+    with timed() as small:
+        torch.ones(2**20)
+    assert large.peak_memory_mb - small.peak_memory_mb > 200, "256 MiB less 4"
+
+
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("title") as show:
         show(1, 3)
