@@ -19,7 +19,7 @@ from toolkit.method import option
 from toolkit.pictures import captions_of, pictures
 from trainers.loop import Batch
 from trainers.photos import drawings
-from trainers.subjects import Denoising, Learned, Photos, Pool, Prompts, Samples
+from trainers.subjects import Denoising, Learned, Photos, Pool, Prompts, Samples, Seen
 from trainers.weights import Trainable
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ class ClassPictures(Pool):
         options: dict[str, Any] = {"steps": method.class_image_steps, "guidance": method.class_image_guidance}
         self.latents = drawings(model, prompts, first_seed=method.seed, **options, title="class pictures")
 
-    def at(self, row: int) -> tuple[Tensor, Tensor]:
+    def at(self, row: int, prompt: str, draw: torch.Generator) -> Seen:
         latent = self.latents[row : row + 1]
-        return latent, torch.ones_like(latent[:, :1])
+        return Seen(prompt, latent, torch.ones_like(latent[:, :1]))
 
 
 class PreservedDenoising(Denoising):

@@ -72,6 +72,15 @@ class Samples:
     t: Tensor
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A picture as it is trained on once. latent: [1, c, h', w']. weight: what the error counts at each place, [1, 1, h', w']."""
+
+    prompt: str
+    latent: Tensor
+    weight: Tensor
+
+
 class Pool(ABC):
     """Pictures of which every step draws some.
 
@@ -86,8 +95,8 @@ class Pool(ABC):
         self.groups = {size: [row for row, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)}
 
     @abstractmethod
-    def at(self, row: int) -> tuple[Tensor, Tensor]:
-        """A picture's latent [1, c, h', w'], and what the error counts at each of its places [1, 1, h', w']."""
+    def at(self, row: int, prompt: str, draw: torch.Generator) -> Seen:
+        """A picture as a sample that is to be trained with this prompt. draw: what is drawn for it, if anything."""
 
     def draw(self, key: str, method: Learned, batch: Batch) -> Samples:
         """A part of a step's batch: pictures of one size, each as often as the others up to one; everything is keyed by the step."""
@@ -96,11 +105,12 @@ class Pool(ABC):
         group = self._group(key, method.seed, batch.step)
         chosen = [group[i] for i in evenly(len(group), count, draw).tolist()]
         prompts = [self.captions[i][int(torch.randint(len(self.captions[i]), (), generator=draw))] for i in chosen]
-        chosen, prompts = [chosen[i] for i in own], [prompts[i] for i in own]
-        latents, weights = map(torch.cat, zip(*map(self.at, chosen), strict=True))
+        keys = [(f"{key} picture", method.seed, batch.step, place) for place in own]
+        seen = [self.at(chosen[i], prompts[i], seeded(*of)) for i, of in zip(own, keys, strict=True)]
+        latents, weights = torch.cat([one.latent for one in seen]), torch.cat([one.weight for one in seen])
         noise = torch.randn((count, *latents.shape[1:]), generator=draw)[own].to(latents)
         t = timesteps(method.timestep_sampling, count, self.arch.train_timesteps, draw)[own].to(latents.device)
-        return Samples(chosen, prompts, latents, weights, noise, t)
+        return Samples([chosen[i] for i in own], [one.prompt for one in seen], latents, weights, noise, t)
 
     def _group(self, key: str, seed: int, step: int) -> list[int]:
         """The pictures of one size; a size comes up as often as it has pictures."""
@@ -142,8 +152,8 @@ class Photos(Pool):
         masks = [mask for subject in subjects for mask in (subject.masks or [None] * len(subject.images))]
         return cls(arch, paths, captions, masks, method)
 
-    def at(self, row: int) -> tuple[Tensor, Tensor]:
-        return self._kept[row] if self._kept else self._read(row)
+    def at(self, row: int, prompt: str, draw: torch.Generator) -> Seen:
+        return Seen(prompt, *(self._kept[row] if self._kept else self._read(row)))
 
     def _read(self, row: int) -> tuple[Tensor, Tensor]:
         path, size = self.paths[row], self.sizes[row]
@@ -231,6 +241,11 @@ def min_snr(arch: Architecture, t: Tensor, gamma: float) -> Tensor:
     zero = torch.zeros_like(alpha)
     of_output = arch.to_x0(torch.ones_like(alpha), zero, t) - arch.to_x0(zero, zero, t)  # how much of its error is the clean image's
     return (alpha / sigma).square().clamp(max=gamma) * of_output.float().square()
+
+
+def named(subject: Subject) -> str:
+    """What stands for a subject in a template: its word and its class."""
+    return f"{subject.token} {subject.class_name}"
 
 
 def captions_of(subject: Subject, filled: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -25,6 +25,7 @@ from toolkit.sample import sample
 METHODS: dict[str, type[Method]] = {name: registry.load("method", name) for name in registry.names("method")}
 CASES = [(name, family) for name, method in METHODS.items() for family in method.architectures]
 # what a method may call an option that a test has to keep small
+DRAWING = {"num_class_images": 2, "class_image_steps": 2}  # of methods that draw pictures of the class unless told otherwise
 QUICK = {"max_train_steps": 2, "trajectories": 2, "sampling_steps": 3, "attack_steps": 2}
 
 
@@ -43,7 +44,8 @@ class Fitted:
 def quick(method: type[Method]) -> Method:
     """The method with its defaults, but few steps."""
     fields = {field.name for field in dataclasses.fields(method)}
-    return method(**{name: value for name, value in QUICK.items() if name in fields})
+    known = {name: value for name, value in QUICK.items() if name in fields}
+    return method(**known, **(DRAWING if getattr(method, "prior", "none") == "images" else {}))
 
 
 def tiny_of(family: str, seed: int = 0) -> Model:

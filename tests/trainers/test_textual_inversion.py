@@ -69,7 +69,7 @@ def test_the_loss_is_the_denoisers_error(tiny: Model, tmp_path: Path) -> None:
         torch.randperm(1, generator=draw)
         torch.randint(1, (), generator=draw)
         torch.randint(1, (), generator=draw)
-        z = torch.cat([objective.pictures.at(0)[0]] * 2)
+        z = torch.cat([objective.pictures.at(0, "", seeded("none")).latent] * 2)
         noise = torch.randn(z.shape, generator=draw)
         t = (torch.rand(2, generator=draw, dtype=torch.float64) * 1000).long()
         alpha = tiny.arch.signal_and_noise(t)[0].flatten()
@@ -133,7 +133,7 @@ def test_masks_weigh_the_error(tiny: Model, tmp_path: Path) -> None:
     subject = Subject("<toy>", "cat", (photo(tmp_path),), masks=(tmp_path / "mask.png",))
 
     def weight(subject: Subject, **options: Any) -> torch.Tensor:
-        return Photos.of(tiny.arch, (subject,), TextualInversion(**options), TEMPLATES["object"]).at(0)[1]
+        return Photos.of(tiny.arch, (subject,), TextualInversion(**options), TEMPLATES["object"]).at(0, "", seeded("none")).weight
 
     half = torch.tensor([1.0] * 4 + [0.0] * 4).expand(1, 1, 8, 8)
     assert torch.equal(weight(subject), 2 * half) and torch.equal(weight(subject, mask_normalization="image"), half)

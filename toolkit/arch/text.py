@@ -45,6 +45,10 @@ class Text:
         columns: dict[str, Any] = {name: None if value is None else torch.cat([c[name] for c in given]) for name, value in given[0].items()}
         return Text(**columns)
 
+    def ends(self) -> Tensor:
+        """Hidden rows at the prompts' ends of text [n, d]."""
+        return self.hidden[torch.arange(len(self), device=self.hidden.device), self.length - 1]
+
     def tensors(self) -> dict[str, Tensor]:
         """Those that it has, by name."""
         return {name: value for name, value in self._columns().items() if value is not None}

@@ -53,12 +53,12 @@ class Gate:
         own = [list(dict.fromkeys(ids[inside].tolist())) for ids, inside in zip(text.ids, _inside(text), strict=True)]
         longest = max(map(len, own))
         ids = torch.tensor([[*row, *[-1] * (longest - len(row))] for row in own])
-        return cls(frozen(_ends(text)), ids, frozen(_ends(nothing)[0]), torch.tensor(floor))
+        return cls(frozen(text.ends()), ids, frozen(nothing.ends()[0]), torch.tensor(floor))
 
     def __call__(self, text: Text) -> Tensor:
         """Of each of n encoded prompts [n], float32."""
         rows, ids, nothing, floor = (getattr(self, field.name).to(text.hidden.device) for field in fields(self))
-        ends = _ends(text).float()
+        ends = text.ends().float()
         near = F.cosine_similarity((ends - nothing)[:, None], (rows - nothing)[None], dim=-1)
         near = near * (ends != 0).any(-1, keepdim=True)  # an encoding of zeros is how some models are told that there is no prompt
         said = text.ids.masked_fill(~_inside(text), -2)
@@ -172,11 +172,6 @@ class _Acting:
         if self.present is not None:
             change = change * self.present.to(change).view(-1, *[1] * (change.ndim - 1))
         return output + change.to(output)
-
-
-def _ends(text: Text) -> Tensor:
-    """Encoded prompts at their ends of text [n, d]."""
-    return text.hidden[torch.arange(len(text), device=text.hidden.device), text.length - 1]
 
 
 def _inside(text: Text) -> Tensor:

@@ -13,7 +13,7 @@ from toolkit.method import option
 from toolkit.world.scenes import ASSETS
 from trainers.loop import Objective
 from trainers.preservation import PreservedDenoising, Preserving
-from trainers.subjects import Photos, Prompts
+from trainers.subjects import Photos, Prompts, named
 from trainers.weights import Layer, LoraWeights
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class DreamBoothLora(Preserving):
         subjects = self.subjects(task)
         encoders = model.arch.encoder_lora_targets() if self.train_text_encoder else {}
         targets = {**adapted(model.arch, self.layers), **encoders}
-        pictures = Photos.of(model.arch, subjects, self, TEMPLATES, lambda subject: f"{subject.token} {subject.class_name}")
+        pictures = Photos.of(model.arch, subjects, self, TEMPLATES, named)
         weights = LoraWeights(targets, self.rank, alpha=self.lora_alpha, seed=self.seed)
         text = Prompts(model.arch, self.cache, grad=self.train_text_encoder)
         denoising = PreservedDenoising(model, weights, text, self, subjects, pictures)
