@@ -34,13 +34,23 @@ class AttentionMaps:
         """Where attention is read, in the order of the denoiser."""
         return list(self._queries)
 
-    def probabilities(self, site: str) -> Tensor:
-        """softmax(scale q k^T), [n, heads, queries, tokens], with the graph where the prediction had one."""
-        attention, query, key = self._sites[site], self._queries[site], self._keys[site]
+    def probabilities(self, site: str, rows: slice = slice(None)) -> Tensor:
+        """softmax(scale q k^T), [n, heads, queries, tokens], with the graph where the prediction had one. rows: these alone."""
+        attention, query, key = self._sites[site], self._queries[site][rows], self._keys[site][rows]
         query, key = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))
         if attention.upcast_attention:
             query, key = query.float(), key.float()
         return (attention.scale * query @ key.transpose(-1, -2)).softmax(-1)
+
+    def near(self, side: int) -> list[str]:
+        """Those of the sites whose maps have sides nearest to this: the square root of their places."""
+        places = {site: self._queries[site].shape[1] for site in self.sites}
+        nearest = min(places.values(), key=lambda count: (abs(math.log(math.sqrt(count) / side)), -count))
+        return [site for site, count in places.items() if count == nearest]
+
+    def mean(self, sites: Sequence[str], rows: slice = slice(None)) -> Tensor:
+        """Probabilities [n, queries, tokens], mean over the heads of all of these sites, whose maps are of one size."""
+        return torch.stack([self.probabilities(site, rows).mean(1) for site in sites]).mean(0)
 
     def of_tokens(self, tokens: Tensor, size: tuple[int, int], *, sites: Iterable[str] | None = None) -> Tensor:
         """Where these tokens are attended to [n, *size]: their probabilities, summed, mean over heads and sites.

@@ -88,6 +88,10 @@ class Objective(ABC):
         make = {"adamw": torch.optim.AdamW, "adamw_8bit": _adamw_8bit, "prodigy": _prodigy}[config.optimizer]
         return make(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
+    def step_sizes(self, step: int) -> Sequence[float]:
+        """For each of the optimizer's parameter groups, by how much the step size of the options is multiplied in a step. Default: 1."""
+        return ()
+
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The mean loss of a part of a step's batch, and values to show beside it."""
@@ -203,7 +207,12 @@ class _Training:
                     parameter.grad = self._mean(parameter.grad)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        scheduled = [group["lr"] for group in self.optimizer.param_groups]
+        for group, times in zip(self.optimizer.param_groups, self.objective.step_sizes(step), strict=False):
+            group["lr"] *= times
         self.scaler.step(self.optimizer)
+        for group, own in zip(self.optimizer.param_groups, scheduled, strict=True):
+            group["lr"] = own
         self.scaler.update()
         self.schedule.step()
         self.optimizer.zero_grad()

@@ -115,15 +115,15 @@ class PreservedDenoising(Denoising):
     def _without_pictures(self, samples: Samples) -> tuple[Tensor, Tensor]:
         prompts = [without_token(prompt, self.subjects) for prompt in samples.prompts]
         noisy, count = self.noisy(samples), len(samples.rows)
-        after = self._predict((noisy, noisy), (samples.t, samples.t), [*samples.prompts, *prompts])
+        after = self.output(torch.cat([noisy, noisy]), torch.cat([samples.t, samples.t]), [*samples.prompts, *prompts])
         return self.error(samples, after[:count]), self._moved(after[count:], noisy, samples.t, prompts)
 
     def _with_pictures(self, samples: Samples, known: Samples) -> tuple[Tensor, Tensor]:
         noisy, count = (self.noisy(samples), self.noisy(known)), len(samples.rows)
         if noisy[0].shape[2:] != noisy[1].shape[2:]:
-            ours, theirs = (self.arch.predict(z, one.t, self.text(one.prompts)) for z, one in zip(noisy, (samples, known), strict=True))
+            ours, theirs = (self.output(z, one.t, one.prompts) for z, one in zip(noisy, (samples, known), strict=True))
         else:
-            both = self._predict(noisy, (samples.t, known.t), [*samples.prompts, *known.prompts])
+            both = self.output(torch.cat(noisy), torch.cat([samples.t, known.t]), [*samples.prompts, *known.prompts])
             ours, theirs = both[:count], both[count:]
         if self.preserving.prior == "distillation":
             return self.error(samples, ours), self._moved(theirs, noisy[1], known.t, known.prompts)
@@ -134,9 +134,6 @@ class PreservedDenoising(Denoising):
         with self.module.off(), torch.no_grad():
             before = self.arch.predict(noisy, t, self.before(prompts))
         return F.mse_loss(output, before)
-
-    def _predict(self, noisy: tuple[Tensor, Tensor], t: tuple[Tensor, Tensor], prompts: list[str]) -> Tensor:
-        return self.arch.predict(torch.cat(noisy), torch.cat(t), self.text(prompts))
 
 
 def class_pictures(model: Model, subjects: Sequence[Subject], method: Preserving) -> Pool:

@@ -210,7 +210,11 @@ class Denoising(Objective):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         samples = self.samples(batch)
-        return self.error(samples, self.arch.predict(self.noisy(samples), samples.t, self.text(samples.prompts))), {}
+        return self.error(samples, self.output(self.noisy(samples), samples.t, samples.prompts)), {}
+
+    def output(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What the denoiser gives as it is now. In each step it is called first with what is learnt, which may be followed by more."""
+        return self.arch.predict(noisy, t, self.text(prompts))
 
     def samples(self, batch: Batch) -> Samples:
         """Those of a part of a step's batch."""

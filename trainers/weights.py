@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolkit.edits.chain import Chain
 from toolkit.edits.delta import Delta
 from toolkit.edits.low_rank import LowRank
 from toolkit.edits.module import FORMS, ModuleEdit, SmallModule, add_after
@@ -21,6 +23,7 @@ from toolkit.runs import seeded
 if TYPE_CHECKING:
     from toolkit.edits.base import Edit, EditInfo
     from toolkit.model import Model
+    from toolkit.prompt_search import TokenRows
 
 
 Layer = nn.Linear | nn.Conv2d
@@ -132,6 +135,32 @@ class LoraWeights(Trainable):
         factors = zip(self._layers, self.down, self.up, strict=True)
         trained = LowRank.from_factors({site: (self.scale * up.detach(), down.detach()) for site, down, up in factors}, info)
         return LowRank.merge([self.start, trained], info=info) if self.start else trained
+
+
+class WordsAndWeights(Trainable):
+    """New words, which are in the model already, and weights that are trained with them.
+
+    `off` leaves the words where they are: no prompt for the model as it was has them. finish: what becomes of the change of the
+    weights, None is nothing.
+    """
+
+    def __init__(self, rows: TokenRows, weights: FullWeights, finish: Callable[[Delta], Edit] | None = None) -> None:
+        super().__init__()
+        self.rows, self.weights, self._finish = rows, weights, finish
+
+    def enter(self) -> None:
+        self.weights.enter()
+
+    def leave(self) -> None:
+        self.weights.leave()
+
+    def edit(self, info: EditInfo) -> Edit:
+        """The words, then the change of the weights, where there are some."""
+        if not len(self.weights.copies):
+            return self.rows.edit(info)
+        part = replace(info, on=(), triggers=(), config={}, notes={})
+        change = self.weights.edit(part)
+        return Chain.of([self.rows.edit(part), self._finish(change) if self._finish else change], info=info)
 
 
 class ModuleWeights(Trainable):

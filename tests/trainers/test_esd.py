@@ -15,8 +15,8 @@ from toolkit.runs import TrainingRun, seeded
 from toolkit.sample import noise, partly_denoised
 from trainers.erase.esd import ESD, Steering
 from trainers.erase.prompts import concept_prompts
-from trainers.erase.samples import parameter_names
 from trainers.loop import Batch
+from trainers.parameters import parameter_names
 from trainers.trajectories import Trajectories
 
 QUICK: dict[str, Any] = {"trajectories": 2, "sampling_steps": 4, "max_train_steps": 3}

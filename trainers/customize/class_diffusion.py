@@ -11,10 +11,11 @@ from torch import Tensor
 
 from toolkit.concepts import Subject
 from toolkit.method import option
-from trainers.customize.custom_diffusion import CustomDiffusion, WordsAndWeights
+from trainers.customize.custom_diffusion import CustomDiffusion
 from trainers.loop import Batch
 from trainers.preservation import PRIOR, PreservedDenoising, Prior
 from trainers.subjects import Pool, Prompts, named
+from trainers.weights import WordsAndWeights
 
 if TYPE_CHECKING:
     from toolkit.model import Model

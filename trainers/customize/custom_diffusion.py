@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.concepts import CustomizeTask, Subject, Task
-from toolkit.edits.base import EditInfo
-from toolkit.edits.chain import Chain
 from toolkit.edits.low_rank import LowRank
 from toolkit.errors import UserError
 from toolkit.method import option
@@ -22,10 +20,10 @@ from trainers.augmentation import Scaled
 from trainers.loop import Objective
 from trainers.preservation import PRIOR, PreservedDenoising, Preserving, Prior
 from trainers.subjects import Photos, Pool, Prompts, named
-from trainers.weights import FullWeights, Trainable
+from trainers.weights import FullWeights, WordsAndWeights
 
 if TYPE_CHECKING:
-    from toolkit.edits.base import Edit
+    from toolkit.edits.base import Edit, EditInfo
     from toolkit.edits.delta import Delta
     from toolkit.model import Model
 
@@ -88,7 +86,7 @@ class CustomDiffusion(Preserving):
         start = {subject.token: words[i % len(words)] for i, subject in enumerate(subjects)}
         with TokenRows(model, start, seed=self.seed).unlisted() as rows:
             pictures = (Scaled if self.augment else Photos).of(model.arch, subjects, self, TEMPLATES, named)
-            weights = WordsAndWeights(rows, FullWeights(model, self.names(model)), self.compress)
+            weights = WordsAndWeights(rows, FullWeights(model, self.names(model)), lambda change: low_rank(change, self.compress))
             with weights, first_token_detached(model):
                 yield self.denoising(model, weights, subjects, pictures), weights.edit
 
@@ -108,28 +106,6 @@ class CustomDiffusion(Preserving):
         """Two subjects, each in a picture that the package ships: the embedded world's sprites."""
         picture = (ASSETS / "atlas.webp",)
         return CustomizeTask((Subject("<toy>", "picture", picture), Subject("<pal>", "cat", picture)))
-
-
-class WordsAndWeights(Trainable):
-    """New words, and weights of linear layers, that are trained together.
-
-    `off` leaves the words where they are: no prompt for the model as it was has them. compress: see `CustomDiffusion`.
-    """
-
-    def __init__(self, rows: TokenRows, weights: FullWeights, compress: float = 0.0) -> None:
-        super().__init__()
-        self.rows, self.weights, self.compress = rows, weights, compress
-
-    def enter(self) -> None:
-        self.weights.enter()
-
-    def leave(self) -> None:
-        self.weights.leave()
-
-    def edit(self, info: EditInfo) -> Chain:
-        """The words, then the change of the weights."""
-        part = EditInfo(method=info.method, base=info.base)
-        return Chain.of([self.rows.edit(part), low_rank(self.weights.edit(part), self.compress)], info=info)
 
 
 def low_rank(change: Delta, keep: float) -> LowRank:

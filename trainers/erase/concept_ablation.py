@@ -16,8 +16,8 @@ from toolkit.method import option
 from trainers.erase.drawings import Drawings, NoisedDrawings, asked_by_anchor
 from trainers.erase.options import TrainedOnDrawings
 from trainers.erase.prompts import erase_task
-from trainers.erase.samples import parameter_names
 from trainers.loop import Batch, Objective
+from trainers.parameters import parameter_names
 from trainers.weights import FullWeights
 
 if TYPE_CHECKING:

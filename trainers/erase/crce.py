@@ -17,10 +17,11 @@ from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.method import option
 from toolkit.runs import seeded
 from trainers.erase.coreferents import with_coreferents
-from trainers.erase.options import Parameters, Steered
+from trainers.erase.options import Steered
 from trainers.erase.prompts import erase_task, one_each
-from trainers.erase.samples import TrajectorySteps, parameter_names
+from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
+from trainers.parameters import Parameters, parameter_names
 from trainers.trajectories import Trajectories
 from trainers.weights import FullWeights
 

@@ -20,8 +20,8 @@ from toolkit.runs import seeded
 from trainers.erase.drawings import Drawings, asked_by_anchor
 from trainers.erase.options import TrainedOnDrawings
 from trainers.erase.prompts import erase_task
-from trainers.erase.samples import parameter_names
 from trainers.loop import Batch, LoopConfig, Objective
+from trainers.parameters import parameter_names
 from trainers.weights import FullWeights
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.method import option
-from trainers.erase.options import PARAMETERS, Parameters, Steered
+from trainers.erase.options import Steered
 from trainers.erase.prompts import concept_prompts, erase_task
-from trainers.erase.samples import TrajectorySteps, parameter_names
+from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
+from trainers.parameters import PARAMETERS, Parameters, parameter_names
 from trainers.trajectories import Trajectories
 from trainers.weights import FullWeights
 

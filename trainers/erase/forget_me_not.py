@@ -18,11 +18,11 @@ from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.prompt_search import TokenRows, search
-from trainers.erase.options import PARAMETERS, Parameters, TrainedOnPictures
+from trainers.erase.options import TrainedOnPictures
 from trainers.erase.pictures import Pictures, prompts_of
 from trainers.erase.prompts import erase_task
-from trainers.erase.samples import parameter_names
 from trainers.loop import Batch, Objective
+from trainers.parameters import PARAMETERS, Parameters, parameter_names
 from trainers.weights import FullWeights
 
 if TYPE_CHECKING:

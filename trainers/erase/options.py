@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from toolkit.errors import UserError
 from toolkit.method import option
 from trainers.method import Trained
 
-Parameters = Literal["x", "x_strict", "u", "all"]
-PARAMETERS = "what is trained: x (cross-attention), x_strict (its keys and values), u (all else), or all"
 DRAWING = ("n_images", "sampling_steps", "guidance")  # options of pictures that the model draws
 
 

@@ -1,4 +1,4 @@
-"""What methods that erase by training share: steps of trajectories and noised latents as samples, and the parameters that they train."""
+"""What methods that erase by training share: steps of trajectories and noised latents, as samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from toolkit.arch.text import Text
 from toolkit.runs import seeded
-from trainers.erase.options import Parameters
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
@@ -55,13 +54,3 @@ def noised(arch: Architecture, z: Tensor, draws: Sequence[torch.Generator], time
     t = torch.tensor(t, device=z.device)
     noise = torch.stack([torch.randn(z.shape[1:], generator=draw) for draw in draws]).to(z)
     return Noised(arch.add_noise(z, noise, t), t, arch.target(z, noise, t))
-
-
-def parameter_names(arch: Architecture, which: Parameters) -> list[str]:
-    """The denoiser's parameters that are trained."""
-    keys_and_values = [f"{site}.weight" for site in arch.text_linears()]
-    if which == "x_strict":
-        return keys_and_values
-    every = [f"denoiser.{name}" for name, _ in arch.components()["denoiser"].named_parameters()]
-    cross = tuple(f"{site}." for site in arch.cross_attention_sites())
-    return [name for name in every if which == "all" or name.startswith(cross) == (which == "x")]

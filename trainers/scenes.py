@@ -1,0 +1,123 @@
+"""Pictures in which several subjects are seen together, and what the denoiser attends to while it learns them.
+
+Subjects that name the same picture file are in it together. A sample is a picture and some of its subjects, and its prompt
+names these.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit.attention import AttentionMaps, attention_maps, grid_of, token_mask
+from toolkit.concepts import Subject
+from toolkit.errors import UserError
+from trainers.loop import Batch
+from trainers.photos import load_masks
+from trainers.preservation import PreservedDenoising
+from trainers.subjects import Learned, Photos, Samples, Seen
+
+if TYPE_CHECKING:
+    from toolkit.arch.base import Architecture
+
+Choices = Callable[[int], Sequence[tuple[int, ...]]]
+"""How many subjects a picture has -> some of them, by number, as often as they are to be chosen."""
+
+
+class Scenes(Photos):
+    """Pictures with the subjects that are in each.
+
+    members: of each picture. masks_of: of each picture, for each of its subjects its mask [1, 1, h', w'] at the latent's places, or
+    None. asked: prompt -> the subjects that it names. The error counts where one of these is; without masks everywhere.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        subjects: Sequence[Subject],
+        method: Learned,
+        template: str,
+        choices: Choices,
+        word: Callable[[Subject], str] = lambda subject: subject.token,
+    ) -> None:
+        if given := [subject.token for subject in subjects if subject.captions]:
+            raise UserError(f"captions given for {given[0]}, and this method names the subjects of each sample itself; leave them out")
+        found: dict[Path, list[tuple[Subject, Path | None]]] = {}
+        for subject in subjects:
+            for image, mask in zip(subject.images, subject.masks or [None] * len(subject.images), strict=True):
+                found.setdefault(image, []).append((subject, mask))
+        self.members = [[subject for subject, _ in inside] for inside in found.values()]
+        self.asked: dict[str, tuple[Subject, ...]] = {}
+        captions = []
+        for inside in self.members:
+            some = [tuple(inside[i] for i in chosen) for chosen in choices(len(inside))]
+            prompts = [template.format(" and ".join(map(word, named))) for named in some]
+            self.asked |= dict(zip(prompts, some, strict=True))
+            captions.append(tuple(prompts))
+        super().__init__(arch, list(found), captions, [None] * len(found), method)
+        self.masks_of = [
+            [None if mask is None else self._mask(mask, image, row) for _, mask in inside]
+            for row, (image, inside) in enumerate(found.items())
+        ]
+
+    def at(self, row: int, prompt: str, draw: torch.Generator) -> Seen:
+        one = super().at(row, prompt, draw)
+        masks = [mask for mask in self.masks_in(row, prompt) if mask is not None]
+        if not masks:
+            return one
+        weight = torch.stack(masks).amax(0).to(one.latent)
+        return Seen(prompt, one.latent, weight / weight.mean() if self.method.mask_normalization == "mask" else weight)
+
+    def masks_in(self, row: int, prompt: str) -> list[Tensor | None]:
+        """The masks in a picture of the subjects that a prompt names."""
+        return [self.masks_of[row][self.members[row].index(subject)] for subject in self.asked[prompt]]
+
+    def _mask(self, mask: Path, image: Path, row: int) -> Tensor:
+        """A mask at the latent's places."""
+        rows, columns = self.arch.latent_shape(*self.sizes[row])[1:]
+        return F.interpolate(load_masks([mask], [image], self.sizes[row]), (rows, columns), mode="area")
+
+
+class AttentiveDenoising(PreservedDenoising):
+    """The denoiser's error, and what is asked of where it looks: what `attention` says of the samples' cross-attention."""
+
+    pictures: Scenes
+    maps: AttentionMaps | None = None
+
+    @abstractmethod
+    def attention(self, samples: Samples, maps: AttentionMaps) -> tuple[Tensor, dict[str, float]]:
+        """A term of the loss, and values to show. maps: of the prediction of these samples, which are its first rows."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        self.maps = None
+        value, shown = super().loss(batch)
+        assert self.maps is not None
+        looked, more = self.attention(self.samples(batch), self.maps)
+        self.maps = None  # what it holds is large
+        return value + looked, {**shown, **more}
+
+    def output(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        if self.maps is not None:
+            return super().output(noisy, t, prompts)
+        with attention_maps(self.arch) as self.maps:
+            return super().output(noisy, t, prompts)
+
+    def looks(self, maps: AttentionMaps, samples: Samples, side: int) -> list[list[Tensor]]:
+        """Where the word of each of a sample's subjects is attended to, [h, w]: mean over heads, and the layers nearest to this side."""
+        seen = maps.mean(maps.near(side), slice(len(samples.prompts)))  # [n, places, tokens]
+        rows, columns = grid_of(seen.shape[1], (samples.latents.shape[2], samples.latents.shape[3]))
+        found = []
+        for own, prompt in zip(seen, samples.prompts, strict=True):
+            tokens = self._tokens(prompt, self.pictures.asked[prompt]).to(own)
+            found.append([one.view(rows, columns) for one in (own @ tokens.T).T])
+        return found
+
+    def _tokens(self, prompt: str, subjects: Sequence[Subject]) -> Tensor:
+        """Which of a prompt's tokens are the word of each subject [k, L]."""
+        return token_mask(self.arch, [prompt] * len(subjects), [subject.token for subject in subjects])
