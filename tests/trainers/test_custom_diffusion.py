@@ -19,7 +19,8 @@ from toolkit.model import Model
 from toolkit.runs import seeded
 from trainers.augmentation import FAR, NEAR, Scaled
 from trainers.customize.class_diffusion import ClassDiffusion
-from trainers.customize.custom_diffusion import TEMPLATES, CustomDiffusion, low_rank
+from trainers.customize.custom_diffusion import TEMPLATES, CustomDiffusion
+from trainers.keys_and_values import low_rank
 from trainers.loop import Batch
 from trainers.preservation import PreservedDenoising
 from trainers.subjects import named

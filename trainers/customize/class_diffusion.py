@@ -55,8 +55,8 @@ class ClassDiffusion(CustomDiffusion):
         super().__post_init__()
         self.at_least(0, "spl_weight")
 
-    def denoising(self, model: Model, weights: WordsAndWeights, subjects: Sequence[Subject], pictures: Pool) -> SemanticPreservation:
-        return SemanticPreservation(model, weights, self, subjects, pictures)
+    def learning(self, model: Model, weights: WordsAndWeights, subjects: Sequence[Subject]) -> SemanticPreservation:
+        return SemanticPreservation(model, weights, self, subjects, self.pictures(model, subjects))
 
 
 class SemanticPreservation(PreservedDenoising):
