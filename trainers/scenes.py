@@ -21,7 +21,7 @@ from toolkit.errors import UserError
 from trainers.loop import Batch
 from trainers.photos import load_masks
 from trainers.preservation import PreservedDenoising
-from trainers.subjects import Learned, Photos, Samples, Seen
+from trainers.subjects import Learned, Photos, Samples, Seen, named
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
@@ -108,16 +108,29 @@ class AttentiveDenoising(PreservedDenoising):
         with attention_maps(self.arch) as self.maps:
             return super().output(noisy, t, prompts)
 
-    def looks(self, maps: AttentionMaps, samples: Samples, side: int) -> list[list[Tensor]]:
-        """Where the word of each of a sample's subjects is attended to, [h, w]: mean over heads, and the layers nearest to this side."""
+    def looks(self, maps: AttentionMaps, samples: Samples, side: int, words: Words | None = None) -> list[list[Tensor]]:
+        """Where words of each of a sample's subjects are attended to, [h, w]: mean over heads, and the layers nearest to this side.
+
+        words: see `own_words`, which is what None is, and `class_words`.
+        """
         seen = maps.mean(maps.near(side), slice(len(samples.prompts)))  # [n, places, tokens]
         rows, columns = grid_of(seen.shape[1], (samples.latents.shape[2], samples.latents.shape[3]))
         found = []
         for own, prompt in zip(seen, samples.prompts, strict=True):
-            tokens = self._tokens(prompt, self.pictures.asked[prompt]).to(own)
+            tokens = (words or own_words)(self.arch, prompt, self.pictures.asked[prompt]).to(own)
             found.append([one.view(rows, columns) for one in (own @ tokens.T).T])
         return found
 
-    def _tokens(self, prompt: str, subjects: Sequence[Subject]) -> Tensor:
-        """Which of a prompt's tokens are the word of each subject [k, L]."""
-        return token_mask(self.arch, [prompt] * len(subjects), [subject.token for subject in subjects])
+
+Words = Callable[["Architecture", str, Sequence[Subject]], Tensor]
+
+
+def own_words(arch: Architecture, prompt: str, subjects: Sequence[Subject]) -> Tensor:
+    """Which of a prompt's tokens are the new word of each subject [k, L]."""
+    return token_mask(arch, [prompt] * len(subjects), [subject.token for subject in subjects])
+
+
+def class_words(arch: Architecture, prompt: str, subjects: Sequence[Subject]) -> Tensor:
+    """Which of them are the class name after it [k, L]."""
+    whole = token_mask(arch, [prompt] * len(subjects), [named(subject) for subject in subjects])
+    return whole & ~own_words(arch, prompt, subjects)
