@@ -42,9 +42,9 @@ class AttentionMaps:
             query, key = query.float(), key.float()
         return (attention.scale * query @ key.transpose(-1, -2)).softmax(-1)
 
-    def near(self, side: int) -> list[str]:
-        """Those of the sites whose maps have sides nearest to this: the square root of their places."""
-        places = {site: self._queries[site].shape[1] for site in self.sites}
+    def near(self, side: int, sites: Iterable[str] | None = None) -> list[str]:
+        """Those of the sites, None is all, whose maps have sides nearest to this: the square root of their places."""
+        places = {site: self._queries[site].shape[1] for site in sites or self.sites}
         nearest = min(places.values(), key=lambda count: (abs(math.log(math.sqrt(count) / side)), -count))
         return [site for site, count in places.items() if count == nearest]
 
@@ -79,11 +79,13 @@ class AttentionMaps:
 def attention_maps(arch: Architecture, sites: Sequence[str] | None = None) -> Iterator[AttentionMaps]:
     """Within the block, what cross-attention attends to in the last prediction.
 
-    sites: some of `arch.cross_attention_sites()`, None is all. A family that has no cross-attention is a UserError.
+    sites: None is all of `arch.cross_attention_sites()`; given ones may be self-attention too, whose maps have a token for each place
+    (`self_attention_sites`). A family that has no cross-attention is a UserError.
     """
     known = arch.cross_attention_sites()
     if not known:
         raise UserError(f"{arch.name} has no cross-attention whose maps could be read; load a Stable Diffusion 1, 2 or XL model")
+    known = arch.attention_sites() if sites is not None else known
     chosen = {site: known[site] for site in (known if sites is None else sites)}
     maps, handles = AttentionMaps(chosen), []
     try:
@@ -94,6 +96,12 @@ def attention_maps(arch: Architecture, sites: Sequence[str] | None = None) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+def self_attention_sites(arch: Architecture) -> list[str]:
+    """Where places of the image attend to one another."""
+    cross = arch.cross_attention_sites()
+    return [site for site in arch.attention_sites() if site not in cross]
 
 
 def token_mask(arch: Architecture, prompts: Sequence[str], words: Sequence[str]) -> Tensor:

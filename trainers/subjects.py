@@ -153,7 +153,11 @@ class Photos(Pool):
         return cls(arch, paths, captions, masks, method)
 
     def at(self, row: int, prompt: str, draw: torch.Generator) -> Seen:
-        return Seen(prompt, *(self._kept[row] if self._kept else self._read(row)))
+        return Seen(prompt, *self.encoded(row))
+
+    def encoded(self, row: int) -> tuple[Tensor, Tensor]:
+        """A picture's latent [1, c, h', w'], and what the error counts at each place by its own mask [1, 1, h', w']."""
+        return self._kept[row] if self._kept else self._read(row)
 
     def _read(self, row: int) -> tuple[Tensor, Tensor]:
         path, size = self.paths[row], self.sizes[row]
