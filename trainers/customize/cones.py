@@ -20,7 +20,7 @@ from toolkit.prompt_search import TokenRows
 from toolkit.world.scenes import ASSETS
 from trainers.loop import Batch, LoopConfig, Objective
 from trainers.preservation import PRIOR, PreservedDenoising, Preserving, Prior
-from trainers.subjects import Photos, Prompts
+from trainers.subjects import Photos, Prompts, named
 from trainers.weights import FullWeights
 
 if TYPE_CHECKING:
@@ -101,12 +101,13 @@ class Cones(Preserving):
 
             def denoising(subject: Subject) -> PreservedDenoising:
                 own = (subject,)
-                pictures = Photos.of(model.arch, own, self, TEMPLATES, lambda subject: f"{subject.token} {subject.class_name}")
-                return PreservedDenoising(model, masked, text, self, own, pictures)
+                return PreservedDenoising(model, masked, text, self, own, Photos.of(model.arch, own, self, TEMPLATES, named))
 
             def edit(info: EditInfo) -> Edit:
-                mask = masked.edit(info)
-                return Chain.of([rows.edit(mask.info), mask], info=mask.info) if words else mask
+                if not words:
+                    return masked.edit(info)
+                part = replace(info, on=(), triggers=(), config={}, notes={})
+                return Chain.of([rows.edit(part), masked.edit(part)], info=info)
 
             implanting = Implanting(masked, [denoising(subject) for subject in subjects], self)
             with masked:
