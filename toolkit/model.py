@@ -18,7 +18,7 @@ from torch import Tensor
 from toolkit import registry
 from toolkit.arch.base import Architecture
 from toolkit.arch.single_file import recognise
-from toolkit.edits.base import Edit, EditInfo, not_mergeable
+from toolkit.edits.base import Edit, EditInfo, by_precedence, not_mergeable
 from toolkit.errors import UserError, unknown
 from toolkit.fingerprint import fingerprint, same_base
 from toolkit.io.files import PICKLES
@@ -44,8 +44,8 @@ class Touched:
 class Model:
     """A text-to-image model and the edits attached to it.
 
-    Every attach and detach recomputes the touched parameters from their base values: base, then the edits in order, in
-    float32, rounded once to the parameter's type. The base tensors themselves are kept and put back, so the order of
+    Every attach and detach recomputes the touched parameters from their base values: base, then the edits in order (masks
+    before the others), in float32, rounded once to the parameter's type. The base tensors themselves are kept and put back, so the order of
     detaching does not matter and a model without edits is bit for bit what it was. Tokens and modules that an edit
     brings are left in reverse order and entered again in the new one.
 
@@ -184,7 +184,7 @@ class Model:
             self._entered.pop()
         parts = [part for edit, scale in attached for part in edit.parts(scale)]
         touching: dict[str, list[tuple[Edit, float]]] = {}
-        for part in parts:
+        for part in by_precedence(parts):
             for name in part[0].parameter_names():
                 touching.setdefault(name, []).append(part)
         for name in self._touched.keys() - touching.keys():

@@ -35,6 +35,11 @@ def not_mergeable(edit: Edit) -> UserError:
     return UserError(f"a {edit.kind()} edit cannot be written into a checkpoint; detach it first, and attach it when sampling")
 
 
+def by_precedence(parts: Iterable[tuple[Edit, float]]) -> list[tuple[Edit, float]]:
+    """Parts of edits with their scales in the order in which they act on weights: those that multiply them, then the rest as given."""
+    return sorted(parts, key=lambda part: not part[0].relative)
+
+
 @dataclass(frozen=True)
 class EditInfo:
     """Where an edit comes from. Saved as JSON in the file's header.
@@ -67,6 +72,7 @@ class Edit(ABC):
 
     mergeable: ClassVar[bool]  # can be written into a checkpoint's weights
     scalable: ClassVar[bool]  # scale 0.5 is half the edit
+    relative: ClassVar[bool] = False  # it multiplies weights, before any edit adds to them; `delta` is in units of their base values
     exports: ClassVar[tuple[str, ...]]  # formats `toolkit.io.export` can write it in
 
     @classmethod
@@ -89,8 +95,8 @@ class Edit(ABC):
 
     @abstractmethod
     def delta(self, site: str) -> Tensor:
-        """What it adds at one of its `sites` at scale 1, dense, float32: a parameter's change, a token's rows [k, d], or all
-        numbers of what it puts behind a module.
+        """What it adds at one of its `sites` at scale 1, dense, float32: a parameter's change (of a `relative` edit in units of the
+        parameter's base values), a token's rows [k, d], or all numbers of what it puts behind a module.
 
         Needs no model. A site that it does not change is a UserError.
         """

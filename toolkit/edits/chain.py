@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from toolkit import registry
-from toolkit.edits.base import Edit, EditInfo
+from toolkit.edits.base import Edit, EditInfo, by_precedence
 from toolkit.errors import UserError, unknown
 
 
@@ -82,14 +82,17 @@ class Chain(Edit):
         return list(dict.fromkeys(name for edit in self.edits for name in edit.parameter_names()))
 
     def delta(self, site: str) -> Tensor:
-        """The sum of the parts' changes, each times its scale."""
-        deltas = [scale * edit.delta(site) for edit, scale in self.parts() if site in edit.sites()]
-        if not deltas:
+        """The sum of the parts' changes, each times its scale. There is none where one of several multiplies: a UserError."""
+        parts = [(edit, scale) for edit, scale in self.parts() if site in edit.sites()]
+        if not parts:
             raise unknown("site", site, self.sites())
-        return torch.stack(deltas).sum(0)
+        if len(parts) > 1 and (multiplying := next((edit for edit, _ in parts if edit.relative), None)):
+            what = f"a {multiplying.kind()} edit and others change {site}, and what they add together depends on the model's weights"
+            raise UserError(f"{what}; read the deltas of the chain's parts one by one")
+        return torch.stack([scale * edit.delta(site) for edit, scale in parts]).sum(0)
 
     def weight(self, name: str, current: Tensor, scale: float) -> Tensor:
-        for edit, own in self.parts(scale):
+        for edit, own in by_precedence(self.parts(scale)):
             if name in edit.parameter_names():
                 current = edit.weight(name, current, own)
         return current

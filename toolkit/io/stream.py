@@ -14,7 +14,7 @@ from torch import Tensor
 
 from toolkit.arch.base import Architecture
 from toolkit.arch.single_file import recognise
-from toolkit.edits.base import Edit, not_mergeable
+from toolkit.edits.base import Edit, by_precedence, not_mergeable
 from toolkit.errors import UserError
 from toolkit.fingerprint import fingerprint, same_base
 from toolkit.io.files import PICKLES, replacing_folder
@@ -72,7 +72,7 @@ def write_checkpoint(source: str | Path, edit: Edit, out: str | Path, *, strict:
     elif out.suffix != ".safetensors" or out.is_dir():
         raise UserError(f"{str(source)!r} is one file, and {str(out)!r} is not one .safetensors file; give such a name")
     touched: dict[str, Parts] = {}
-    for part, scale in edit.parts():
+    for part, scale in by_precedence(edit.parts()):
         if not streamable(part):
             raise not_mergeable(part)
         for name in part.parameter_names():
