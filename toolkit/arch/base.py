@@ -88,6 +88,16 @@ class Architecture(ABC):
         arch.pipe = SimpleNamespace(**parts)
         return arch
 
+    @classmethod
+    def around(cls, pipe: Any) -> Self:
+        """An instance around a pipeline that somebody else runs, of which nothing is changed.
+
+        It knows parts, layers and words, which is enough for edits, and nothing about noise and images.
+        """
+        arch = cls.__new__(cls)
+        arch.pipe, arch.readers = pipe, []
+        return arch
+
     @abstractmethod
     def save(self, folder: Path) -> Path:
         """Write a diffusers folder with the names that other people's tools read.

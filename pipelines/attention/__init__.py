@@ -1,0 +1,1 @@
+"""Methods that change how images attend to text."""
