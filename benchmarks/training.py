@@ -44,7 +44,7 @@ from toolkit.registry import load
 from toolkit.sample import noise
 from toolkit.world.scenes import load_world
 from trainers.erase.esd import ESD
-from trainers.erase.samples import parameter_names
+from trainers.parameters import parameter_names
 from trainers.weights import LoraWeights
 
 CONFIGS = Path(sys.modules["toolkit.arch.sd"].__file__ or "").parent / "configs" / "sd1"
