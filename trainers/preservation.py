@@ -102,14 +102,14 @@ class PreservedDenoising(Denoising):
         self.known = class_pictures(model, subjects, method) if method.prior in OF_PICTURES else None
         self.before = Prompts(model.arch, method.cache)  # what the text encoders say without what is trained
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss_of(self, samples: Samples, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         if self.preserving.prior == "prediction":
-            learnt, kept = self._without_pictures(self.samples(batch))
+            learnt, kept = self._without_pictures(samples)
         elif self.known is not None:
             known = self.known.draw(f"{self.method.name()} class", self.method, batch)
-            learnt, kept = self._with_pictures(self.samples(batch), known)
+            learnt, kept = self._with_pictures(samples, known)
         else:
-            return super().loss(batch)
+            return super().loss_of(samples, batch)
         return learnt + self.preserving.prior_weight * kept, {"subject": learnt.item(), "class": kept.item()}
 
     def _without_pictures(self, samples: Samples) -> tuple[Tensor, Tensor]:

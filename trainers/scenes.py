@@ -68,15 +68,16 @@ class Scenes(Photos):
 
     def at(self, row: int, prompt: str, draw: torch.Generator) -> Seen:
         one = super().at(row, prompt, draw)
-        masks = [mask for mask in self.masks_in(row, prompt) if mask is not None]
+        masks = self.masks_in(row, prompt)
         if not masks:
             return one
         weight = torch.stack(masks).amax(0).to(one.latent)
         return Seen(prompt, one.latent, weight / weight.mean() if self.method.mask_normalization == "mask" else weight)
 
-    def masks_in(self, row: int, prompt: str) -> list[Tensor | None]:
-        """The masks in a picture of the subjects that a prompt names."""
-        return [self.masks_of[row][self.members[row].index(subject)] for subject in self.asked[prompt]]
+    def masks_in(self, row: int, prompt: str) -> list[Tensor]:
+        """The masks in a picture of the subjects that a prompt names, of those that have one."""
+        masks = [self.masks_of[row][self.members[row].index(subject)] for subject in self.asked[prompt]]
+        return [mask for mask in masks if mask is not None]
 
     def _mask(self, mask: Path, image: Path, row: int) -> Tensor:
         """A mask at the latent's places."""
@@ -94,11 +95,11 @@ class AttentiveDenoising(PreservedDenoising):
     def attention(self, samples: Samples, maps: AttentionMaps) -> tuple[Tensor, dict[str, float]]:
         """A term of the loss, and values to show. maps: of the prediction of these samples, which are its first rows."""
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss_of(self, samples: Samples, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         self.maps = None
-        value, shown = super().loss(batch)
+        value, shown = super().loss_of(samples, batch)
         assert self.maps is not None
-        looked, more = self.attention(self.samples(batch), self.maps)
+        looked, more = self.attention(samples, self.maps)
         self.maps = None  # what it holds is large
         return value + looked, {**shown, **more}
 
@@ -111,7 +112,7 @@ class AttentiveDenoising(PreservedDenoising):
     def looks(self, maps: AttentionMaps, samples: Samples, side: int, words: Words | None = None) -> list[list[Tensor]]:
         """Where words of each of a sample's subjects are attended to, [h, w]: mean over heads, and the layers nearest to this side.
 
-        words: see `own_words`, which is what None is, and `class_words`.
+        words: see `own_words`, which is what None is, and `own_and_class_words`.
         """
         seen = maps.mean(maps.near(side), slice(len(samples.prompts)))  # [n, places, tokens]
         rows, columns = grid_of(seen.shape[1], (samples.latents.shape[2], samples.latents.shape[3]))
@@ -130,7 +131,8 @@ def own_words(arch: Architecture, prompt: str, subjects: Sequence[Subject]) -> T
     return token_mask(arch, [prompt] * len(subjects), [subject.token for subject in subjects])
 
 
-def class_words(arch: Architecture, prompt: str, subjects: Sequence[Subject]) -> Tensor:
-    """Which of them are the class name after it [k, L]."""
+def own_and_class_words(arch: Architecture, prompt: str, subjects: Sequence[Subject]) -> Tensor:
+    """The same, and then which are the class name after it [2 k, L]."""
     whole = token_mask(arch, [prompt] * len(subjects), [named(subject) for subject in subjects])
-    return whole & ~own_words(arch, prompt, subjects)
+    own = own_words(arch, prompt, subjects)
+    return torch.cat([own, whole & ~own])

@@ -213,7 +213,10 @@ class Denoising(Objective):
         self.arch = pictures.arch
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        samples = self.samples(batch)
+        return self.loss_of(self.samples(batch), batch)
+
+    def loss_of(self, samples: Samples, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The loss on these samples, which are those of the batch."""
         return self.error(samples, self.output(self.noisy(samples), samples.t, samples.prompts)), {}
 
     def output(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -113,7 +113,7 @@ class Crafting(AttentiveDenoising):
     def attention(self, samples: Samples, maps: AttentionMaps) -> tuple[Tensor, dict[str, float]]:
         errors = []
         for row, prompt, own in zip(samples.rows, samples.prompts, self.looks(maps, samples, self.crafting.attention_side), strict=True):
-            masks = [mask for mask in self.pictures.masks_in(row, prompt) if mask is not None]
+            masks = self.pictures.masks_in(row, prompt)
             errors.append(torch.stack([_divergence(seen, mask) for seen, mask in zip(own, masks, strict=True)]).mean())
         value = torch.stack(errors).mean()
         return self.crafting.attention_weight * value, {"attention": value.item()}

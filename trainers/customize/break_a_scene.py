@@ -128,7 +128,7 @@ class Breaking(AttentiveDenoising):
     def attention(self, samples: Samples, maps: AttentionMaps) -> tuple[Tensor, dict[str, float]]:
         looks, errors = self.looks(maps, samples, self.breaking.attention_side), []
         for row, prompt, own in zip(samples.rows, samples.prompts, looks, strict=True):
-            masks = [mask for mask in self.pictures.masks_in(row, prompt) if mask is not None]
+            masks = self.pictures.masks_in(row, prompt)
             each = [F.mse_loss(seen / seen.max(), _at(mask, seen)) for seen, mask in zip(own, masks, strict=True)]
             errors.append(torch.stack(each).mean())
         apart = torch.stack(errors).mean()

@@ -15,8 +15,9 @@ from toolkit.attention import AttentionMaps
 from toolkit.concepts import Subject
 from toolkit.errors import UserError
 from toolkit.method import option
+from trainers.attention_masks import minmax
 from trainers.keys_and_values import WithKeysAndValues
-from trainers.scenes import AttentiveDenoising, Scenes, class_words
+from trainers.scenes import AttentiveDenoising, Scenes, own_and_class_words
 from trainers.subjects import Prompts, Samples, named
 from trainers.weights import WordsAndWeights
 
@@ -84,10 +85,10 @@ class Calibrating(AttentiveDenoising):
         self.calibrating, self.pictures = method, pictures
 
     def attention(self, samples: Samples, maps: AttentionMaps) -> tuple[Tensor, dict[str, float]]:
-        side, errors = self.calibrating.attention_side, []
-        both = zip(self.looks(maps, samples, side), self.looks(maps, samples, side, class_words), strict=True)
-        for words, classes in both:
-            words, classes = [_calm(one) for one in words], [_calm(one).square() for one in classes]
+        errors = []
+        for seen in self.looks(maps, samples, self.calibrating.attention_side, own_and_class_words):
+            calm = [_calm(one) for one in seen]
+            words, classes = calm[: len(calm) // 2], [one.square() for one in calm[len(calm) // 2 :]]
             bind = torch.stack([1 - _overlap(name.detach(), word) for name, word in zip(classes, words, strict=True)]).sum()
             apart = [_overlap(one, other) for one, other in combinations(classes, 2)]
             errors.append((bind + (torch.stack(apart).mean() if apart else 0)) / len(words))
@@ -97,10 +98,9 @@ class Calibrating(AttentiveDenoising):
 
 def _calm(seen: Tensor) -> Tensor:
     """A map [h, w] from 0 to 1, blurred by a Gaussian of 3 x 3."""
-    low, high = seen.min(), seen.max()
     line = torch.exp(-torch.tensor([1.0, 0.0, 1.0], device=seen.device) / (2 * BLUR**2))
     kernel = torch.outer(line, line) / line.sum() ** 2
-    padded = F.pad(((seen - low) / (high - low).clamp(min=1e-12))[None, None], (1, 1, 1, 1), mode="reflect")
+    padded = F.pad(minmax(seen.flatten()).view_as(seen)[None, None], (1, 1, 1, 1), mode="reflect")
     return F.conv2d(padded, kernel[None, None].to(padded))[0, 0]
 
 
