@@ -124,10 +124,11 @@ def trajectory(
     guidance: float | None = None,
     hooks: Sequence[Hook] = (),
     progress: Callable[[int, int], object] | None = None,
+    amp: bool = False,
 ) -> Tensor:
     """Latents [n, c, h', w'] of the images that `sample` gives with these options, not decoded: for what hooks see on the way."""
     shape = _height_and_width(model, None)
-    states = _denoised(model, prompts, seeds, steps, steps, guidance, "", hooks, None, shape, progress, False)
+    states = _denoised(model, prompts, seeds, steps, steps, guidance, "", hooks, None, shape, progress, amp)
     return torch.cat([state.latents for state in states])
 
 

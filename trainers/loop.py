@@ -32,6 +32,7 @@ from tqdm import tqdm
 from toolkit.errors import PalimpsestError, UserError, unknown
 from toolkit.runs import TrainingRun, computes_in_bf16
 
+Precision = Literal["no", "bf16", "fp16", "auto"]
 ONE_COPY_EACH = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -54,7 +55,7 @@ class LoopConfig:
     max_grad_norm: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)
     ema_decay: float = 0.0
-    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
+    mixed_precision: Precision = "no"
     gradient_accumulation_steps: int = 1
     seed: int = 0
 
@@ -154,7 +155,7 @@ class _Training:
             config.lr_scheduler, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
         )
         self.device = self.parameters[0].device.type
-        precision = config.mixed_precision if config.mixed_precision != "auto" else _precision(self.device)
+        precision = resolve_precision(config.mixed_precision, self.device)
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(self.device, enabled=precision == "fp16")
         self.ema = EMAModel(self.parameters, decay=config.ema_decay, use_ema_warmup=True, power=3 / 4) if config.ema_decay else None
@@ -295,6 +296,8 @@ def _checkpoints(folder: Path | None) -> Sequence[Path]:
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])) if folder else []
 
 
-def _precision(device: str) -> str:
-    """What `accelerate launch` was told, else what the hardware is good at."""
+def resolve_precision(given: Precision, device: str) -> str:
+    """"no", "bf16" or "fp16": of "auto" what `accelerate launch` was told, else what the hardware is good at."""
+    if given != "auto":
+        return given
     return os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if computes_in_bf16(device) else "no")

@@ -17,7 +17,7 @@ from toolkit.images import grid, save_png
 from toolkit.method import Score, TrainedMethod, option
 from toolkit.runs import TrainingRun
 from toolkit.sample import generate
-from trainers.loop import LoopConfig, Objective, train
+from trainers.loop import LoopConfig, Objective, Precision, resolve_precision, train
 
 if TYPE_CHECKING:
     from toolkit.concepts import Task
@@ -41,7 +41,7 @@ class Trained(TrainedMethod, ABC):
     lr_warmup_steps: int = option(0, "steps in which it grows from 0; needs another lr_scheduler than constant")
     max_grad_norm: float = option(1.0, "largest norm of the gradient; inf: any")
     ema_decay: float = option(0.0, "of the moving average of what is trained, which the edit then holds; 0: none")
-    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = option("no", "auto: as accelerate was told, else bf16 where hardware has it")
+    mixed_precision: Precision = option("no", "auto: as accelerate was told, else bf16 where hardware has it")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, more time")
     seed: int = option(0, "of everything that is drawn")
 
@@ -69,6 +69,10 @@ class Trained(TrainedMethod, ABC):
             losses = train(objective, loop, run, title=self.name(), after=after, in_place=True, quiet=True, of=of)
             notes = {"seconds": round(time.perf_counter() - began, 3), "steps": loop.max_train_steps, "loss": summary(losses)}
             return edit(model.info(self, triggers, notes))
+
+    def draws_in_bf16(self, model: Model) -> bool:
+        """Whether what the model draws before and during training is predicted under bfloat16 autocast, as the training is."""
+        return resolve_precision(self.mixed_precision, model.arch.device.type) == "bf16"
 
     def loop(self) -> LoopConfig:
         """The options of the loop."""

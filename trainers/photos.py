@@ -77,12 +77,12 @@ def open_photo(path: Path) -> Image.Image:
 
 
 def drawings(
-    model: Model, prompts: Sequence[str], *, first_seed: int, steps: int, guidance: float | None, title: str = "pictures"
+    model: Model, prompts: Sequence[str], *, first_seed: int, steps: int, guidance: float | None, amp: bool, title: str = "pictures"
 ) -> Tensor:
-    """Latents [n, c, h', w'] of what the model draws of these prompts, each with a seed of its own."""
+    """Latents [n, c, h', w'] of what the model draws of these prompts, each with a seed of its own. amp: under bfloat16 autocast."""
     seeds = range(first_seed, first_seed + len(prompts))
     with progress(title) as show:
-        return trajectory(model, prompts, seeds, steps=steps, guidance=guidance, progress=show)
+        return trajectory(model, prompts, seeds, steps=steps, guidance=guidance, progress=show, amp=amp)
 
 
 def _wide_and_high(size: Size) -> tuple[int, int]:

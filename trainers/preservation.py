@@ -6,7 +6,7 @@ from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +69,15 @@ class ClassPictures(Pool):
         super().__init__(
             model.arch, [f"a drawing of {prompt!r}" for prompt in prompts], [(prompt,) for prompt in prompts], [(side, side)] * len(prompts)
         )
-        options: dict[str, Any] = {"steps": method.class_image_steps, "guidance": method.class_image_guidance}
-        self.latents = drawings(model, prompts, first_seed=method.seed, **options, title="class pictures")
+        self.latents = drawings(
+            model,
+            prompts,
+            first_seed=method.seed,
+            steps=method.class_image_steps,
+            guidance=method.class_image_guidance,
+            amp=method.draws_in_bf16(model),
+            title="class pictures",
+        )
 
     def at(self, row: int, prompt: str, draw: torch.Generator) -> Seen:
         latent = self.latents[row : row + 1]

@@ -41,12 +41,14 @@ class Trajectories:
         *,
         steps: int,
         guidance: float,
+        amp: bool = False,
         beside: Mapping[str, Sequence[str]] | None = None,
     ) -> Trajectories:
-        """Of these prompts with these seeds. guidance: above 1. beside: condition -> a prompt for each drawing, which is predicted too."""
+        """Of these prompts with these seeds. guidance: above 1. amp: predicted under bfloat16 autocast. beside: condition -> a prompt for
+        each drawing, which is predicted too."""
         seen = _Seen(beside or {})
         with progress("trajectories") as show:
-            trajectory(model, prompts, seeds, steps=steps, guidance=guidance, hooks=[seen], progress=show)
+            trajectory(model, prompts, seeds, steps=steps, guidance=guidance, hooks=[seen], progress=show, amp=amp)
         joined = {name: torch.cat([torch.stack(batch, 1) for batch in batches]) for name, batches in seen.found.items()}
         return cls(joined.pop("latents"), torch.tensor(seen.times[:steps]), joined)
 

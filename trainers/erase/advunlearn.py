@@ -17,7 +17,7 @@ from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.prompt_search import TokenRows, search
 from toolkit.runs import seeded
-from trainers.erase.options import Steered
+from trainers.erase.options import Steered, drawing_options
 from trainers.erase.prompts import concept_prompts, erase_task, one_each
 from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
@@ -122,7 +122,7 @@ class Robust(Objective):
         pairs = list(islice(cycle(concept_prompts(task)), method.trajectories))
         self.prompts, bases = ([pair[side] for pair in pairs] for side in (0, 1))
         seeds = range(method.seed, method.seed + method.trajectories)
-        options = {"steps": method.sampling_steps, "guidance": method.guidance}
+        options = drawing_options(method, model)
         seen = Trajectories.of(model, self.prompts, seeds, beside={"base": bases}, **options)
         target = seen.outputs["base"] - method.eta * (seen.outputs["prompt"] - seen.outputs["negative"])
         self.erased = TrajectorySteps(model.arch, self.prompts, seen.latents, seen.t, target)

@@ -17,7 +17,7 @@ from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.method import option
 from toolkit.runs import seeded
 from trainers.erase.coreferents import with_coreferents
-from trainers.erase.options import Steered
+from trainers.erase.options import Steered, drawing_options
 from trainers.erase.prompts import erase_task, one_each
 from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
@@ -113,8 +113,7 @@ class ErasingTogether(Objective):
         prompts = [template.format(concept.name) for concept, template in self.each]
         bases = [template.format(concept.anchor) if concept.anchor else "" for concept, template in self.each]
         seeds = range(method.seed, method.seed + len(prompts))
-        options = {"steps": method.sampling_steps, "guidance": method.guidance}
-        seen = Trajectories.of(model, prompts, seeds, beside={"base": bases}, **options)
+        seen = Trajectories.of(model, prompts, seeds, beside={"base": bases}, **drawing_options(method, model))
         self.start = seen.outputs["base"] + method.eta * seen.outputs["negative"]  # s(p) is this less eta e*(p)
         self.drawn = TrajectorySteps(model.arch, prompts, seen.latents, seen.t, self.start - method.eta * seen.outputs["prompt"])
         around = dict.fromkeys(template.format(word) for concept, template in self.each for word in concept.synonyms)

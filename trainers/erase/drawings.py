@@ -13,7 +13,7 @@ from toolkit.arch.text import Text
 from toolkit.concepts import EraseTask
 from toolkit.errors import UserError
 from toolkit.runs import seeded
-from trainers.erase.options import TrainedOnDrawings
+from trainers.erase.options import TrainedOnDrawings, drawing_options
 from trainers.erase.prompts import concept_prompts, one_each
 from trainers.erase.samples import Noised, noised
 from trainers.photos import drawings
@@ -51,8 +51,7 @@ class Drawings:
     def __init__(self, model: Model, method: TrainedOnDrawings, asked: Mapping[str, Sequence[str]]) -> None:
         self.arch, self.method = model.arch, method
         self.drawn = list(islice(cycle(asked), method.trajectories))
-        options = {"steps": method.sampling_steps, "guidance": method.guidance}
-        self.x0 = drawings(model, self.drawn, first_seed=method.seed, **options).cpu()  # [n, c, h', w']
+        self.x0 = drawings(model, self.drawn, first_seed=method.seed, **drawing_options(method, model)).cpu()  # [n, c, h', w']
         self.asked = asked
         used = dict.fromkeys(prompt for base in dict.fromkeys(self.drawn) for prompt in (base, *asked[base]))
         self.place, self.text = {prompt: row for row, prompt in enumerate(used)}, model.arch.encode(list(used))

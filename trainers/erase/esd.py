@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.method import option
-from trainers.erase.options import Steered
+from trainers.erase.options import Steered, drawing_options
 from trainers.erase.prompts import concept_prompts, erase_task
 from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
@@ -84,7 +84,7 @@ class Steering(Objective):
         self.arch, self.method = model.arch, method
         words = concept_prompts(task)
         prompts, bases = ([pair[side] for pair in _in_turn(words, method.trajectories)] for side in (0, 1))
-        options = {"steps": method.sampling_steps, "guidance": method.guidance}
+        options = drawing_options(method, model)
         seeds = range(method.seed, method.seed + len(prompts))
         seen = Trajectories.of(model, prompts, seeds, beside={"base": bases}, **options)
         target = seen.outputs["base"] - method.eta * (seen.outputs["prompt"] - seen.outputs["negative"])

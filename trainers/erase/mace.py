@@ -23,7 +23,7 @@ from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.pictures import masks_of, pictures
 from toolkit.runs import seeded
-from trainers.erase.options import TrainedOnPictures
+from trainers.erase.options import TrainedOnPictures, drawing_options
 from trainers.erase.samples import noised
 from trainers.loop import Batch, Objective
 from trainers.photos import drawings, load_masks, load_photos, to_latents
@@ -202,7 +202,7 @@ class Shown:
         self.text = arch.encode(prompts)
         if method.images is None:
             asked = [i % len(prompts) for i in range(method.n_images)]
-            options = {"steps": method.sampling_steps, "guidance": method.guidance}
+            options = drawing_options(method, model)
             first = method.seed + number * method.n_images
             self.latents = drawings(model, [prompts[i] for i in asked], first_seed=first, **options)
         else:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from toolkit.errors import UserError
 from toolkit.method import option
 from trainers.method import Trained
+
+if TYPE_CHECKING:
+    from toolkit.model import Model
 
 DRAWING = ("n_images", "sampling_steps", "guidance")  # options of pictures that the model draws
 
@@ -19,6 +22,21 @@ class TrainedEraser(Trained, ABC):
 
     kind: ClassVar = "erase"
     architectures: ClassVar = ("sd", "sdxl")
+
+
+class Draws(Protocol):
+    """A method whose options say how the model draws what it trains on."""
+
+    @property
+    def sampling_steps(self) -> int: ...
+    @property
+    def guidance(self) -> float | None: ...
+    def draws_in_bf16(self, model: Model) -> bool: ...
+
+
+def drawing_options(method: Draws, model: Model) -> dict[str, Any]:
+    """What these say to the sampler."""
+    return {"steps": method.sampling_steps, "guidance": method.guidance, "amp": method.draws_in_bf16(model)}
 
 
 @dataclass(frozen=True)

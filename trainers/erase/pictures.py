@@ -12,7 +12,7 @@ from torch import Tensor
 from toolkit.errors import UserError
 from toolkit.pictures import pictures
 from toolkit.runs import seeded
-from trainers.erase.options import TrainedOnPictures
+from trainers.erase.options import TrainedOnPictures, drawing_options
 from trainers.erase.prompts import concept_prompts
 from trainers.erase.samples import Noised, noised
 from trainers.photos import drawings, load_photos, to_latents
@@ -53,7 +53,7 @@ class Pictures:
             latents = to_latents(model.arch, load_photos(pictures(method.images), model.arch.image_size))
             return cls(model.arch, latents, [0] * len(latents), each)
         drawn = [prompts[i % len(prompts)] for prompts in each for i in range(method.n_images)]
-        latents = drawings(model, drawn, first_seed=method.seed, steps=method.sampling_steps, guidance=method.guidance)
+        latents = drawings(model, drawn, first_seed=method.seed, **drawing_options(method, model))
         return cls(model.arch, latents, [concept for concept in range(len(each)) for _ in range(method.n_images)], each)
 
     def noised(self, what: str, seed: int, batch: Batch, size: int) -> NoisedPictures:

@@ -21,7 +21,7 @@ from toolkit.concepts import Concept, EraseTask, Task, expect
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import seeded
-from trainers.erase.options import Steered
+from trainers.erase.options import Steered, drawing_options
 from trainers.erase.prompts import concept_prompts, one_each
 from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
@@ -148,7 +148,7 @@ class Alignment(Objective):
         drawn = list(islice(cycle((" ".join(prompt.split()), base) for prompt, base in pairs), method.trajectories))
         prompts, bases = [prompt for prompt, _ in drawn], [base for _, base in drawn]
         self.places = [subjects[prompt] for prompt in prompts]
-        seeds, options = range(method.seed, method.seed + len(drawn)), {"steps": method.sampling_steps, "guidance": method.guidance}
+        seeds, options = range(method.seed, method.seed + len(drawn)), drawing_options(method, model)
         seen = Trajectories.of(model, prompts, seeds, beside={"base": bases}, **options)
         target = seen.outputs["base"] - method.eta * (seen.outputs["prompt"] - seen.outputs["negative"])
         self.drawn = TrajectorySteps(model.arch, prompts, seen.latents, seen.t, target)

@@ -18,7 +18,7 @@ from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import seeded
-from trainers.erase.options import Steered
+from trainers.erase.options import Steered, drawing_options
 from trainers.erase.prompts import concept_prompts, erase_task
 from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
@@ -119,8 +119,7 @@ class Erasing(Objective):
         rows = text.hidden[:, 1:].flatten(0, 1).float()  # the first is the same in every prompt
         self.start = rows.mean(0), rows.std(0)
         seeds = range(method.seed, method.seed + len(prompts))
-        options = {"steps": method.sampling_steps, "guidance": method.guidance}
-        seen = Trajectories.of(model, prompts, seeds, beside={"base": bases}, **options)
+        seen = Trajectories.of(model, prompts, seeds, beside={"base": bases}, **drawing_options(method, model))
         self.shown = seen.outputs["prompt"]
         target = seen.outputs["base"] - method.eta * (self.shown - seen.outputs["negative"])
         self.samples = TrajectorySteps(model.arch, prompts, seen.latents, seen.t, target)

@@ -18,7 +18,7 @@ from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.runs import seeded
 from toolkit.sample import partly_denoised
-from trainers.erase.options import TrainedEraser
+from trainers.erase.options import TrainedEraser, drawing_options
 from trainers.erase.prompts import concept_prompts, erase_task
 from trainers.loop import Batch, Objective
 from trainers.weights import LoraWeights
@@ -177,7 +177,7 @@ class Adapter(Objective):
             if method.anchor_weight:
                 anchors += [self._of([""]), *(elsewhere(self._of([pairs[-1][0]]), draw) for _ in range(method.anchors))]
         concepts, bases = ([pair[side] for pair in pairs] for side in (0, 1))
-        x, t = partly_denoised(self.model, concepts, seeds, done, steps=method.sampling_steps, guidance=method.guidance)
+        x, t = partly_denoised(self.model, concepts, seeds, done, **drawing_options(method, self.model))
         still = [*anchors, *([self._of(kept)] if kept else ())]
         text = Text.cat([self._of(concepts), *still])
         samples = torch.arange(len(pairs), device=x.device)

@@ -20,7 +20,7 @@ from toolkit.concepts import Concept, EraseTask, Task, expect
 from toolkit.edits.chain import Chain
 from toolkit.errors import UserError
 from toolkit.method import option
-from trainers.erase.options import TrainedOnDrawings
+from trainers.erase.options import TrainedOnDrawings, drawing_options
 from trainers.erase.prompts import concept_prompts, one_each
 from trainers.erase.samples import TrajectorySteps
 from trainers.loop import Batch, Objective
@@ -128,7 +128,7 @@ class Turning(Objective):
         if method.unconditional_weight:
             blank = [""] * method.trajectories
             seeds = range(method.seed, method.seed + len(blank))
-            seen = Trajectories.of(model, blank, seeds, steps=method.sampling_steps, guidance=method.guidance)
+            seen = Trajectories.of(model, blank, seeds, **drawing_options(method, model))
             self.kept = TrajectorySteps(model.arch, blank, seen.latents, seen.t, seen.outputs["negative"])
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -160,7 +160,7 @@ def early_steps(model: Model, method: TRCE, task: EraseTask) -> TrajectorySteps:
     """
     prompts, safe = zip(*islice(cycle(concept_prompts(task)), method.trajectories), strict=True)
     seeds = range(method.seed, method.seed + len(prompts))
-    seen = Trajectories.of(model, prompts, seeds, beside={"safe": safe}, steps=method.sampling_steps, guidance=method.guidance)
+    seen = Trajectories.of(model, prompts, seeds, beside={"safe": safe}, **drawing_options(method, model))
     early = slice(math.ceil(method.early * method.sampling_steps))
     anchor, concept, nothing = (seen.outputs[name][:, early] for name in ("safe", "prompt", "negative"))
     anchored = torch.tensor([bool(prompt) for prompt in safe]).view(-1, 1, 1, 1, 1)
