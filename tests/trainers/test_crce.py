@@ -1,6 +1,7 @@
 """CRCE against its equation, and what its coreferents and words to keep do."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from toolkit.errors import UserError
 from toolkit.model import Model
 from toolkit.runs import seeded
 from toolkit.sample import partly_denoised
-from trainers.erase.coreferents import with_coreferents
+from trainers.erase.coreferents import BUILT_IN, LIST, LLM, with_coreferents
 from trainers.erase.crce import CRCE, ErasingTogether
 from trainers.loop import Batch, train
 
@@ -141,6 +142,53 @@ def test_a_file_that_cannot_be_used_is_refused(model: Model, tmp_path: Path, tex
     file.write_text(text)
     with pytest.raises(UserError, match=told):
         CRCE(**QUICK, coreferents=str(file)).fit(model, TASK)
+
+
+def test_the_built_in_list_names_words_that_can_be_erased_and_kept() -> None:
+    concepts = json.loads(LIST.read_text())
+    for name in concepts:
+        task, certainty = with_coreferents(EraseTask((Concept(name),)), BUILT_IN)
+        assert len(task.concepts[0].synonyms) >= 2 and len(task.preserve) >= 4 and certainty.keys() >= set(task.concepts[0].synonyms)
+    with pytest.raises(UserError, match="unknown concept in built-in"):
+        with_coreferents(EraseTask((Concept("zebra crossing"),)), BUILT_IN)
+
+
+def test_an_llm_is_asked_once_and_its_words_are_in_the_edit(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "llm.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "asked = pathlib.Path(__file__).with_name('asked.txt')\n"
+        "asked.write_text((asked.read_text() if asked.exists() else '') + sys.stdin.read())\n"
+        """print('Sure! ```json\\n{"cat": {"coreferents": {"kitty": "low"}, "retain": ["cow"]}}\\n``` Anything else?')\n"""
+    )
+    monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PALIMPSEST_LLM", f"{sys.executable} {script}")
+    for _ in range(2):
+        edit = CRCE(**QUICK, coreferents=LLM).fit(model, EraseTask((Concept("cat"),)))
+    assert edit.info.notes["coreferents"] == {"cat": ("kitty",)} and edit.info.notes["retained"] == ("cow",)
+    request = (tmp_path / "asked.txt").read_text()
+    assert request.count('["cat"]') == 1 and "very high, high, normal, low, very low" in request
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (None, "needs the command of an LLM; set PALIMPSEST_LLM"),
+        ("no-such-command-here", "cannot run PALIMPSEST_LLM"),
+        (f"{sys.executable} -c 'import sys; sys.exit(\"no key\")'", "ended with 1 and said: no key"),
+        ("echo I cannot help with that", "cannot read the answer of PALIMPSEST_LLM"),
+    ],
+)
+def test_an_llm_that_does_not_answer_is_a_users_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str | None, told: str
+) -> None:
+    monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PALIMPSEST_LLM", raising=False)
+    if command:
+        monkeypatch.setenv("PALIMPSEST_LLM", command)
+    for _ in range(2):  # nothing of it is kept
+        with pytest.raises(UserError, match=told):
+            with_coreferents(TASK, LLM)
 
 
 def test_what_would_have_no_effect_is_said(model: Model) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from toolkit.model import Model
 
 
+SOURCES = "more of them: a JSON file (concept -> coreferents and retain), built-in, or llm (asks the command in PALIMPSEST_LLM)"
+
+
 @dataclass(frozen=True)
 class CRCE(Steered):
     """CRCE: Coreference-Retention Concept Erasure in Text-to-Image Diffusion Models, Xue et al., arXiv 2503.14232.
@@ -50,9 +53,10 @@ class CRCE(Steered):
     Defaults
         eta, alpha (`coreferent_weight`) and beta (`preserve_weight`) 1, 500 steps of Adam at 2e-5 with one sample each, 5 coreferents
         and 3 words to keep, the keys and values of the cross-attention, guidance 3 and 50 steps of the sampler are the official
-        code's. Coreferents are the concepts' synonyms and words to keep are what the task preserves, with w = 1; the file
-        `coreferents` adds words and says how certain they are: very high 1.0, high 0.8, normal 0.6, low 0.4, very low 0.2, or a
-        number. Fewer words than are drawn are all taken, and their mean is over as many.
+        code's. Coreferents are the concepts' synonyms and words to keep are what the task preserves, with w = 1; `coreferents`
+        adds words and says how certain they are: very high 1.0, high 0.8, normal 0.6, low 0.4, very low 0.2, or a number. They come
+        from a file, from a small list that comes with the project, or from any LLM, as in the paper; the edit's notes name them.
+        Fewer words than are drawn are all taken, and their mean is over as many.
 
     Deviations
         The official code draws latents with the model that is trained, for every step anew. Here they are the frozen model's
@@ -66,7 +70,7 @@ class CRCE(Steered):
         Words that a file retains for one concept of a task are kept beside all of them. AdamW with weight_decay 0 is Adam.
     """
 
-    coreferents: str | None = option(None, "JSON file: concept -> coreferents (word -> certainty) and retain (words); none: the task's")
+    coreferents: str | None = option(None, SOURCES)
     coreferent_weight: float = option(1.0, "weight of the coreferents (alpha)")
     coreferents_per_sample: int = option(5, "coreferents that are drawn for a sample")
     preserve_weight: float = option(1.0, "weight of what is preserved staying as it is (beta)")
@@ -91,8 +95,13 @@ class CRCE(Steered):
         task = erase_task(task, self.preserve_weight)
         _check(self, task)
         erasing = ErasingTogether(model, self, task, certainty)
+        words = {"coreferents": {concept.name: concept.synonyms for concept in task.concepts}, "retained": task.preserve}
+
+        def edit(info: EditInfo) -> Edit:
+            return erasing.weights.edit(replace(info, notes={**info.notes, **words}))
+
         with erasing.weights:
-            yield erasing, erasing.weights.edit
+            yield erasing, edit
 
     @classmethod
     def example_task(cls, model: Model) -> EraseTask:
@@ -170,7 +179,8 @@ def _check(method: CRCE, task: EraseTask) -> None:
     one_each(method.trajectories, task)
     alone = [concept.name for concept in task.concepts if not concept.synonyms]
     if method.coreferent_weight and alone:
-        warnings.warn(f"without synonyms, so that only the name is erased: {', '.join(alone)}; give other words for it", stacklevel=2)
+        named = f"without synonyms, so that only the name is erased: {', '.join(alone)}"
+        warnings.warn(f"{named}; give other words for it, or coreferents", stacklevel=2)
     if not method.coreferent_weight and len(alone) < len(task.concepts):
         warnings.warn("coreferent_weight is 0, so synonyms have no effect; set it to erase them too", stacklevel=2)
 
