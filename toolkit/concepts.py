@@ -75,7 +75,8 @@ class EraseTask:
 class Subject:
     """A personal concept to learn from pictures.
 
-    token: the new word for it in prompts, e.g. "<toy>". class_name: what it is, e.g. "dog".
+    token: the new word for it in prompts, e.g. "<toy>"; the stem of all words to a method that finds what a picture shows. class_name:
+    what it is, e.g. "dog"; "" is not known, which few methods can do with.
     images: picture files. masks: one mask file per picture, white on the subject, or empty.
     captions: one prompt per picture that contains the token, or empty to use templates.
     """

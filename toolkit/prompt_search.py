@@ -63,11 +63,11 @@ class TokenRows(nn.Module):
         )
         self.rows = nn.ModuleDict(
             {
-                part: nn.ParameterList(nn.Parameter(rows[part].to(embedding.weight.device, copy=True)) for rows in start.tokens.values())
+                part: _OneAfterAnother(nn.Parameter(rows[part].to(embedding.weight.device, copy=True)) for rows in start.tokens.values())
                 for part, embedding in embeddings.items()
             }
         )
-        self._edit = _Trainable(start.info, start.tokens, self.rows)
+        self._edit = LiveTokens(start.info, start.tokens, self.rows)
 
     def forward(self, prompts: Sequence[str]) -> Text:
         """The prompts, encoded with the graph back to the rows."""
@@ -87,11 +87,8 @@ class TokenRows(nn.Module):
 
         Edits are not attached or detached inside it.
         """
-        state = self._edit.enter(self._model)
-        try:
+        with self._edit.unlisted(self._model):
             yield self
-        finally:
-            self._edit.leave(self._model, state)
 
     def __enter__(self) -> Self:
         self._model.attach(self._edit)
@@ -101,21 +98,37 @@ class TokenRows(nn.Module):
         self._model.detach(self._edit)
 
 
-@dataclass(frozen=True, eq=False)
-class _Trainable(TokenEdit):
-    """A token edit whose rows are looked up in parameters: component -> one parameter for each token, in order."""
+class _OneAfterAnother(nn.ParameterList):
+    """Parameters [k, d], which called are one tensor."""
 
-    parameters: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    def __call__(self) -> Tensor:  # a list's own refuses
+        return torch.cat(list(self.parameters()))
+
+
+@dataclass(frozen=True, eq=False)
+class LiveTokens(TokenEdit):
+    """A token edit whose rows are computed whenever they are read: component -> a module that gives those of all tokens, in order."""
+
+    rows: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+
+    @contextmanager
+    def unlisted(self, model: Model) -> Iterator[None]:
+        """See `TokenRows.unlisted`."""
+        state = self.enter(model)
+        try:
+            yield
+        finally:
+            self.leave(model, state)
 
     def enter(self, model: Model, scale: float = 1.0) -> dict[str, tuple[Any, nn.Module]]:
         state = super().enter(model, scale)
         for component, (tokenizer, old) in state.items():
-            model.arch.set_token_embedding(component, ExtendedEmbedding(old, self.parameters[component], len(tokenizer)))
+            model.arch.set_token_embedding(component, ExtendedEmbedding(old, self.rows[component], len(tokenizer)))
         return state
 
 
 class ExtendedEmbedding(nn.Module):
-    """An embedding with trainable rows for new words: ids below `words` are looked up in the one, the rest in the others."""
+    """An embedding with other rows for new words: ids below `words` are looked up in the one, the rest in what `rows()` gives."""
 
     def __init__(self, frozen: nn.Module, rows: nn.Module, words: int) -> None:
         super().__init__()
@@ -125,12 +138,12 @@ class ExtendedEmbedding(nn.Module):
     def weight(self) -> Tensor:
         """The whole table, for whoever reads it."""
         table: Any = self.frozen.weight
-        new = torch.cat(list(self.rows.parameters())).to(table.dtype)
+        new = self.rows().to(table.dtype)
         return torch.cat([table[: self.words], new, table[self.words + len(new) :]])
 
     def forward(self, ids: Tensor) -> Tensor:
         old = self.frozen(ids.clamp(max=self.words - 1))
-        new = F.embedding((ids - self.words).clamp(min=0), torch.cat(list(self.rows.parameters())).to(old.dtype))
+        new = F.embedding((ids - self.words).clamp(min=0), self.rows().to(old.dtype))
         return torch.where((ids >= self.words).unsqueeze(-1), new, old)
 
 

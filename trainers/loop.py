@@ -101,6 +101,9 @@ class Objective(ABC):
         """What a part of a batch is made of, for the message when its loss is not finite."""
         return ""
 
+    def show(self, folder: Path) -> None:
+        """Write into a run's folder, before it starts, what a user may want to look at. Default: nothing."""
+
     def state(self) -> Any:
         """What has changed besides the module, for checkpoints: whatever torch can save. None when nothing has."""
         return None

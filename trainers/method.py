@@ -15,7 +15,7 @@ import torch
 from toolkit.errors import UserError
 from toolkit.images import grid, save_png
 from toolkit.method import Score, TrainedMethod, option
-from toolkit.runs import TrainingRun
+from toolkit.runs import TrainingRun, is_main_process
 from toolkit.sample import generate
 from trainers.loop import LoopConfig, Objective, Precision, resolve_precision, train
 
@@ -65,6 +65,8 @@ class Trained(TrainedMethod, ABC):
         began, triggers = time.perf_counter(), [subject.token for subject in getattr(task, "subjects", ())]
         with self.objective(model, task) as (objective, edit), _checkpointing(model, self.gradient_checkpointing):
             of, after = run_of(self, model, task), samples(model, run)
+            if run is not None and run.folder is not None and is_main_process():
+                objective.show(run.folder)
             loop = replace(self.loop(), max_train_steps=self.max_train_steps * objective.turns)
             losses = train(objective, loop, run, title=self.name(), after=after, in_place=True, quiet=True, of=of)
             notes = {"seconds": round(time.perf_counter() - began, 3), "steps": loop.max_train_steps, "loss": summary(losses)}

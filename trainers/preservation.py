@@ -123,7 +123,7 @@ class PreservedDenoising(Denoising):
         prompts = [without_token(prompt, self.subjects) for prompt in samples.prompts]
         noisy, count = self.noisy(samples), len(samples.rows)
         after = self.output(torch.cat([noisy, noisy]), torch.cat([samples.t, samples.t]), [*samples.prompts, *prompts])
-        return self.error(samples, after[:count]), self._moved(after[count:], noisy, samples.t, prompts)
+        return self.learnt(samples, after[:count]), self._moved(after[count:], noisy, samples.t, prompts)
 
     def _with_pictures(self, samples: Samples, known: Samples) -> tuple[Tensor, Tensor]:
         noisy, count = (self.noisy(samples), self.noisy(known)), len(samples.rows)
@@ -133,8 +133,8 @@ class PreservedDenoising(Denoising):
             both = self.output(torch.cat(noisy), torch.cat([samples.t, known.t]), [*samples.prompts, *known.prompts])
             ours, theirs = both[:count], both[count:]
         if self.preserving.prior == "distillation":
-            return self.error(samples, ours), self._moved(theirs, noisy[1], known.t, known.prompts)
-        return self.error(samples, ours), self.error(known, theirs)
+            return self.learnt(samples, ours), self._moved(theirs, noisy[1], known.t, known.prompts)
+        return self.learnt(samples, ours), self.error(known, theirs)
 
     def _moved(self, output: Tensor, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """How far an output is from that of the model before: the mean square."""

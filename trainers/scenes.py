@@ -6,8 +6,10 @@ names these.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ from toolkit.errors import UserError
 from trainers.loop import Batch
 from trainers.photos import load_masks
 from trainers.preservation import PreservedDenoising
-from trainers.subjects import Learned, Photos, Samples, Seen, named
+from trainers.subjects import Denoising, Learned, Photos, Samples, Seen, named
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
@@ -33,6 +35,8 @@ Choices = Callable[[int], Sequence[tuple[int, ...]]]
 class Scenes(Photos):
     """Pictures with the subjects that are in each.
 
+    templates: prompts with {} for all subjects of a sample. captioned: captions of subjects stand for them where there are some; a
+    picture that several subjects share then has those of all of them, and each names the subjects of a sample itself.
     members: of each picture. masks_of: of each picture, for each of its subjects its mask [1, 1, h', w'] at the latent's places, or
     None. asked: prompt -> the subjects that it names. The error counts where one of these is; without masks everywhere.
     """
@@ -42,27 +46,34 @@ class Scenes(Photos):
         arch: Architecture,
         subjects: Sequence[Subject],
         method: Learned,
-        template: str,
+        templates: str | Sequence[str],
         choices: Choices,
         word: Callable[[Subject], str] = lambda subject: subject.token,
+        *,
+        captioned: bool = False,
     ) -> None:
-        if given := [subject.token for subject in subjects if subject.captions]:
+        if not captioned and (given := [subject.token for subject in subjects if subject.captions]):
             raise UserError(f"captions given for {given[0]}, and this method names the subjects of each sample itself; leave them out")
-        found: dict[Path, list[tuple[Subject, Path | None]]] = {}
+        found: dict[Path, list[tuple[Subject, Path | None, str | None]]] = {}
         for subject in subjects:
-            for image, mask in zip(subject.images, subject.masks or [None] * len(subject.images), strict=True):
-                found.setdefault(image, []).append((subject, mask))
-        self.members = [[subject for subject, _ in inside] for inside in found.values()]
+            nothing = [None] * len(subject.images)
+            for image, mask, caption in zip(subject.images, subject.masks or nothing, subject.captions or nothing, strict=True):
+                found.setdefault(image, []).append((subject, mask, caption))
+        self.members = [[subject for subject, *_ in inside] for inside in found.values()]
         self.asked: dict[str, tuple[Subject, ...]] = {}
-        captions = []
-        for inside in self.members:
-            some = [tuple(inside[i] for i in chosen) for chosen in choices(len(inside))]
-            prompts = [template.format(" and ".join(map(word, named))) for named in some]
+        captions, forms = [], (templates,) if isinstance(templates, str) else templates
+        for image, inside, members in zip(found, found.values(), self.members, strict=True):
+            if given := [caption for *_, caption in inside if caption is not None]:
+                prompts = list(dict.fromkeys(given))
+                some = named_in(prompts, members, subjects, image)
+            else:
+                filled = [(tuple(members[i] for i in chosen), form) for chosen, form in product(choices(len(inside)), forms)]
+                some, prompts = [names for names, _ in filled], [form.format(" and ".join(map(word, names))) for names, form in filled]
             self.asked |= dict(zip(prompts, some, strict=True))
             captions.append(tuple(prompts))
         super().__init__(arch, list(found), captions, [None] * len(found), method)
         self.masks_of = [
-            [None if mask is None else self._mask(mask, image, row) for _, mask in inside]
+            [None if mask is None else self._mask(mask, image, row) for _, mask, _ in inside]
             for row, (image, inside) in enumerate(found.items())
         ]
 
@@ -76,8 +87,11 @@ class Scenes(Photos):
 
     def masks_in(self, row: int, prompt: str) -> list[Tensor]:
         """The masks in a picture of the subjects that a prompt names, of those that have one."""
-        masks = [self.masks_of[row][self.members[row].index(subject)] for subject in self.asked[prompt]]
-        return [mask for mask in masks if mask is not None]
+        return [mask for mask in self.each_mask(row, prompt) if mask is not None]
+
+    def each_mask(self, row: int, prompt: str) -> list[Tensor | None]:
+        """The same for each of these subjects, None of one that has none."""
+        return [self.masks_of[row][self.members[row].index(subject)] for subject in self.asked[prompt]]
 
     def _mask(self, mask: Path, image: Path, row: int) -> Tensor:
         """A mask at the latent's places."""
@@ -85,23 +99,14 @@ class Scenes(Photos):
         return F.interpolate(load_masks([mask], [image], self.sizes[row]), (rows, columns), mode="area")
 
 
-class AttentiveDenoising(PreservedDenoising):
-    """The denoiser's error, and what is asked of where it looks: what `attention` says of the samples' cross-attention."""
+class Attentive(Denoising):
+    """The denoiser's error, with what its cross-attention attended to.
+
+    maps: of the first prediction of a step, whose first rows are the samples; whoever has read them sets them to None.
+    """
 
     pictures: Scenes
     maps: AttentionMaps | None = None
-
-    @abstractmethod
-    def attention(self, samples: Samples, maps: AttentionMaps) -> tuple[Tensor, dict[str, float]]:
-        """A term of the loss, and values to show. maps: of the prediction of these samples, which are its first rows."""
-
-    def loss_of(self, samples: Samples, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        self.maps = None
-        value, shown = super().loss_of(samples, batch)
-        assert self.maps is not None
-        looked, more = self.attention(samples, self.maps)
-        self.maps = None  # what it holds is large
-        return value + looked, {**shown, **more}
 
     def output(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         if self.maps is not None:
@@ -123,6 +128,22 @@ class AttentiveDenoising(PreservedDenoising):
         return found
 
 
+class AttentiveDenoising(Attentive, PreservedDenoising):
+    """The denoiser's error, and what is asked of where it looks: what `attention` says of the samples' cross-attention."""
+
+    @abstractmethod
+    def attention(self, samples: Samples, maps: AttentionMaps) -> tuple[Tensor, dict[str, float]]:
+        """A term of the loss, and values to show. maps: of the prediction of these samples, which are its first rows."""
+
+    def loss_of(self, samples: Samples, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        self.maps = None
+        value, shown = super().loss_of(samples, batch)
+        assert self.maps is not None
+        looked, more = self.attention(samples, self.maps)
+        self.maps = None  # what it holds is large
+        return value + looked, {**shown, **more}
+
+
 Words = Callable[["Architecture", str, Sequence[Subject]], Tensor]
 
 
@@ -136,3 +157,19 @@ def own_and_class_words(arch: Architecture, prompt: str, subjects: Sequence[Subj
     whole = token_mask(arch, [prompt] * len(subjects), [named(subject) for subject in subjects])
     own = own_words(arch, prompt, subjects)
     return torch.cat([own, whole & ~own])
+
+
+def named_in(captions: Sequence[str], members: Sequence[Subject], subjects: Sequence[Subject], image: Path) -> list[tuple[Subject, ...]]:
+    """Which of a picture's subjects each of its captions names. One that is not in it, and one that none names, are a UserError.
+
+    subjects: of the task.
+    """
+    by_token = {subject.token: subject for subject in subjects}
+    token = re.compile("|".join(map(re.escape, sorted(by_token, key=len, reverse=True))))  # of <a> and <a>s the longer one
+    found = [tuple(by_token[name] for name in dict.fromkeys(token.findall(caption))) for caption in captions]
+    for caption, names in zip(captions, found, strict=True):
+        if strange := [subject.token for subject in names if subject not in members]:
+            raise UserError(f"caption {caption!r} of {image} names {strange[0]}, which is not given this picture; add it to its images")
+    if missing := [subject.token for subject in members if not any(subject in names for names in found)]:
+        raise UserError(f"no caption of {image} names {missing[0]}, which is given this picture; name it in one, or give it others")
+    return found

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ class Learned(Trained, ABC):
     cache: Literal["memory", "disk", "no"] = option("memory", "where encoded pictures and prompts are kept; no: encode at each use")
 
     kind: ClassVar = "customize"
+    finds: ClassVar[bool] = False  # it finds what a picture shows, and a task's one token is the stem of the words for it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,9 +56,15 @@ class Learned(Trained, ABC):
     def subjects(self, task: Task) -> tuple[Subject, ...]:
         """Those of the task, which must be one to learn some. Options about masks that it has none of are a UserError."""
         task = expect(CustomizeTask, task)
-        if self.changed(["mask_normalization"]) and not any(subject.masks for subject in task.subjects):
+        if unknown := [subject.token for subject in task.subjects if not subject.class_name.strip()]:
+            raise UserError(f"no class name given for {unknown[0]}, and {self.name()} learns what it is one of; give one such as dog")
+        if self.changed(["mask_normalization"]) and not self.masked(task.subjects):
             raise UserError(f"mask_normalization {self.mask_normalization} has no effect without masks; give masks, or leave it out")
         return task.subjects
+
+    def masked(self, subjects: Sequence[Subject]) -> bool:
+        """Whether there are masks that the error counts on."""
+        return any(subject.masks for subject in subjects)
 
 
 @dataclass(frozen=True)
@@ -100,17 +107,23 @@ class Pool(ABC):
 
     def draw(self, key: str, method: Learned, batch: Batch) -> Samples:
         """A part of a step's batch: pictures of one size, each as often as the others up to one; everything is keyed by the step."""
-        draw, own = seeded(key, method.seed, batch.step), list(batch.places(method.train_batch_size))
-        count = batch.parts * len(own)  # everything is drawn for the whole step, of which this is a part
-        group = self._group(key, method.seed, batch.step)
-        chosen = [group[i] for i in evenly(len(group), count, draw).tolist()]
-        prompts = [self.captions[i][int(torch.randint(len(self.captions[i]), (), generator=draw))] for i in chosen]
+        (draw, chosen, prompts), own = self._chosen(key, method, batch), list(batch.places(method.train_batch_size))
         keys = [(f"{key} picture", method.seed, batch.step, place) for place in own]
         seen = [self.at(chosen[i], prompts[i], seeded(*of)) for i, of in zip(own, keys, strict=True)]
         latents, weights = torch.cat([one.latent for one in seen]), torch.cat([one.weight for one in seen])
-        noise = torch.randn((count, *latents.shape[1:]), generator=draw)[own].to(latents)
-        t = timesteps(method.timestep_sampling, count, self.arch.train_timesteps, draw)[own].to(latents.device)
+        noise = torch.randn((len(chosen), *latents.shape[1:]), generator=draw)[own].to(latents)
+        t = timesteps(method.timestep_sampling, len(chosen), self.arch.train_timesteps, draw)[own].to(latents.device)
         return Samples([chosen[i] for i in own], [one.prompt for one in seen], latents, weights, noise, t)
+
+    def captions_of_step(self, key: str, method: Learned, batch: Batch) -> list[str]:
+        """The captions that `draw` draws for all samples of a step, of which the batch is a part."""
+        return self._chosen(key, method, batch)[2]
+
+    def _chosen(self, key: str, method: Learned, batch: Batch) -> tuple[torch.Generator, list[int], list[str]]:
+        """The pictures of a whole step and a caption for each; with the generator, for what is drawn after them."""
+        draw, group = seeded(key, method.seed, batch.step), self._group(key, method.seed, batch.step)
+        chosen = [group[i] for i in evenly(len(group), batch.parts * method.train_batch_size, draw).tolist()]
+        return draw, chosen, [self.captions[i][int(torch.randint(len(self.captions[i]), (), generator=draw))] for i in chosen]
 
     def _group(self, key: str, seed: int, step: int) -> list[int]:
         """The pictures of one size; a size comes up as often as it has pictures."""
@@ -144,7 +157,7 @@ class Photos(Pool):
         method: Learned,
         templates: Sequence[str],
         word: Callable[[Subject], str] = lambda subject: subject.token,
-    ) -> Photos:
+    ) -> Self:
         """All of these subjects, with their captions or else the templates (the method's own, if it is given some) around their words."""
         filled = [(subject, tuple(one.format(word(subject)) for one in method.templates or templates)) for subject in subjects]
         captions = [choices for subject, own in filled for choices in captions_of(subject, own)]
@@ -217,7 +230,7 @@ class Denoising(Objective):
 
     def loss_of(self, samples: Samples, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The loss on these samples, which are those of the batch."""
-        return self.error(samples, self.output(self.noisy(samples), samples.t, samples.prompts)), {}
+        return self.learnt(samples, self.output(self.noisy(samples), samples.t, samples.prompts)), {}
 
     def output(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """What the denoiser gives as it is now. In each step it is called first with what is learnt, which may be followed by more."""
@@ -230,6 +243,10 @@ class Denoising(Objective):
     def noisy(self, samples: Samples) -> Tensor:
         """z_t."""
         return self.arch.add_noise(samples.latents, samples.noise, samples.t)
+
+    def learnt(self, samples: Samples, output: Tensor) -> Tensor:
+        """What the loss has of the subjects' own samples, for which the denoiser gave this: the error."""
+        return self.error(samples, output)
 
     def error(self, samples: Samples, output: Tensor) -> Tensor:
         """What the denoiser gave, against what it should have given: the weighted mean square."""

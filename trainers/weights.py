@@ -163,6 +163,23 @@ class WordsAndWeights(Trainable):
         return Chain.of([self.rows.edit(part), self._finish(change) if self._finish else change], info=info)
 
 
+class WithAuxiliary(Trainable):
+    """Weights, and modules that are trained beside them and are no part of the edit."""
+
+    def __init__(self, weights: Trainable, auxiliary: nn.Module) -> None:
+        super().__init__()
+        self.weights, self.auxiliary = weights, auxiliary
+
+    def enter(self) -> None:
+        self.weights.enter()
+
+    def leave(self) -> None:
+        self.weights.leave()
+
+    def edit(self, info: EditInfo) -> Edit:
+        return self.weights.edit(info)
+
+
 class ModuleWeights(Trainable):
     """y -> y + f(y) for the output y of attention modules, with a small module f for each, which adds nothing at first.
 

@@ -26,7 +26,7 @@ METHODS: dict[str, type[Method]] = {name: registry.load("method", name) for name
 CASES = [(name, family) for name, method in METHODS.items() for family in method.architectures]
 # what a method may call an option that a test has to keep small
 DRAWING = {"num_class_images": 2, "class_image_steps": 2}  # of methods that draw pictures of the class unless told otherwise
-QUICK = {"max_train_steps": 2, "trajectories": 2, "sampling_steps": 3, "attack_steps": 2, "words_steps": 1}
+QUICK = {"max_train_steps": 2, "trajectories": 2, "sampling_steps": 3, "attack_steps": 2, "words_steps": 1, "clip": "metric-clip"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def test_the_edit_says_where_it_comes_from(fitted: Fitted) -> None:
     info = fitted.edit.info
     assert info.method == fitted.method.name() and dict(info.config) == fitted.method.config()
     assert dict(info.base) == fitted.model.fingerprint
-    if isinstance(fitted.task, CustomizeTask):
+    if isinstance(fitted.task, CustomizeTask) and not getattr(fitted.method, "finds", False):
         assert info.triggers == tuple(subject.token for subject in fitted.task.subjects)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from toolkit.attention import attention_maps, self_attention_sites, token_mask
 from toolkit.concepts import CustomizeTask, Subject
-from toolkit.errors import PalimpsestError
+from toolkit.errors import PalimpsestError, UserError
 from toolkit.model import Model
 from trainers.attention_masks import apart, similarity, spread
 from trainers.customize import attencraft
@@ -159,6 +159,11 @@ def test_subjects_that_are_not_told_apart_are_said(tiny: Model, scene: tuple[Pat
     monkeypatch.setattr(attencraft, "spread", lambda *given: (torch.ones(3, 8, 8), torch.ones(3, 8, 8)))
     with pytest.raises(PalimpsestError, match=r"<a> and <b> are not told apart by attention in .*scene.png"):
         AttenCraft(**PLAIN).fit(tiny, CustomizeTask((Subject("<a>", "dog", scene), Subject("<b>", "cat", scene))))
+
+
+def test_one_template_is_all_it_takes() -> None:
+    with pytest.raises(UserError, match="2 templates given, and masks are made with the words of one"):
+        AttenCraft(**PLAIN, templates=("a {}", "one {}"))
 
 
 def test_alone_or_all() -> None:

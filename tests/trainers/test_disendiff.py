@@ -46,6 +46,12 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(((a * b).sum() + 1) / ((a + b).sum() - (a * b).sum() + 1))
 
 
+def test_pictures_are_captioned_with_every_template(tiny: Model, task: CustomizeTask) -> None:
+    with DisenDiff(**PLAIN, templates=("{}", "a photo of {}")).objective(tiny, task) as (made, _):
+        pictures: Any = made
+        assert pictures.pictures.captions == [("<a> dog and <b> cat", "a photo of <a> dog and <b> cat")]
+
+
 def test_the_loss_is_custom_diffusions_and_the_overlaps(tiny: Model, task: CustomizeTask) -> None:
     with DisenDiff(**PLAIN, attention_weight=0.2).objective(tiny, task) as (made, _):
         calibrating: Any = made

@@ -17,9 +17,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_fit_arguments(parser)
     add_training_arguments(parser)
     help_images = "a folder of pictures per subject; captions in its metadata.jsonl are used"
+    help_class = "what each subject is, e.g. dog; methods that find subjects do without"
     parser.add_argument("--images", nargs="+", action="extend", required=True, metavar="DIR", help=help_images)
     parser.add_argument("--masks", nargs="+", action="extend", default=[], metavar="DIR", help="a folder of masks, named as the pictures")
-    parser.add_argument("--class-name", nargs="+", action="extend", required=True, metavar="N", help="what each subject is, e.g. dog")
+    parser.add_argument("--class-name", nargs="+", action="extend", default=[], metavar="N", help=help_class)
     parser.add_argument("--token", nargs="+", action="extend", required=True, metavar="T", help="each subject's new word, e.g. '<toy>'")
 
 
@@ -35,10 +36,11 @@ def run(args: Namespace) -> dict[str, Any]:
 def subjects(args: Namespace) -> tuple[Subject, ...]:
     """One subject per --token, with its --images, --class-name and --masks in the same order."""
     for option, given in (("--images", args.images), ("--class-name", args.class_name), ("--masks", args.masks)):
-        if len(given) != len(args.token) and (given or option != "--masks"):
+        if len(given) != len(args.token) and (given or option == "--images"):
             raise UserError(f"{len(given)} {option} for {len(args.token)} --token; give one of each per subject, in the same order")
     made = []
-    for index, (token, class_name, folder) in enumerate(zip(args.token, args.class_name, args.images, strict=True)):
+    class_names = args.class_name or [""] * len(args.token)
+    for index, (token, class_name, folder) in enumerate(zip(args.token, class_names, args.images, strict=True)):
         images = pictures(folder)
         masks = masks_of(images, args.masks[index]) if args.masks else ()
         made.append(Subject(token, class_name, images, masks, captions_of(images, folder)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toolkit.attention import AttentionMaps
 from toolkit.concepts import CustomizeTask, Subject
-from toolkit.errors import PalimpsestError
+from toolkit.errors import PalimpsestError, UserError
 from toolkit.method import option
 from toolkit.runs import seeded
 from toolkit.world.scenes import ASSETS
@@ -79,10 +79,11 @@ class AttenCraft(WithKeysAndValues):
         super().__post_init__()
         self.at_least(0, "attention_weight", "mask_threshold", "mask_steps")
         self.at_least(1, "attention_side", "self_attention_side")
+        if len(self.templates) > 1:
+            raise UserError(f"{len(self.templates)} templates given, and masks are made with the words of one; give one")
 
     def learning(self, model: Model, weights: WordsAndWeights, subjects: Sequence[Subject]) -> Crafting:
-        template = self.templates[0] if self.templates else TEMPLATE
-        pictures = Scenes(model.arch, subjects, self, template, alone_or_all)
+        pictures = Scenes(model.arch, subjects, self, self.templates or TEMPLATE, alone_or_all)
         return Crafting(model, weights, self, subjects, pictures)
 
     @classmethod

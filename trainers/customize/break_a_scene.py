@@ -90,7 +90,7 @@ class BreakAScene(Preserving):
         names += model.arch.encoder_parameters() if self.train_text_encoder else []
         start = {subject.token: subject.class_name for subject in subjects}
         with TokenRows(model, start, seed=self.seed).unlisted() as rows:
-            pictures = Scenes(model.arch, subjects, self, *(self.templates[:1] or (TEMPLATE,)), choices=how_many_then_which)
+            pictures = Scenes(model.arch, subjects, self, self.templates or TEMPLATE, how_many_then_which)
             weights = WordsAndWeights(rows, FullWeights(model, names if self.words_steps < self.max_train_steps else []))
             with weights:
                 yield Breaking(model, weights, self, subjects, pictures), weights.edit

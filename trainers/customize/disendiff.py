@@ -72,8 +72,7 @@ class DisenDiff(WithKeysAndValues):
             raise UserError(
                 f"the class names {', '.join(names)} are not distinct, and this method tells subjects apart by them; give others"
             )
-        template = self.templates[0] if self.templates else TEMPLATE
-        pictures = Scenes(model.arch, subjects, self, template, lambda count: [tuple(range(count))], named)
+        pictures = Scenes(model.arch, subjects, self, self.templates or TEMPLATE, lambda count: [tuple(range(count))], named)
         return Calibrating(model, weights, self, subjects, pictures)
 
 
