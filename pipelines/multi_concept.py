@@ -10,13 +10,16 @@ an image are in `pipelines/multi_concept_variants.py`. All of them also load by 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
+from pipelines.attention.control import Word, controlled
 from pipelines.attention.regional import Region, regional
 from toolkit.arch.base import Architecture
 from toolkit.arch.sd import SD
@@ -25,7 +28,7 @@ from toolkit.model import Model
 
 
 class MultiConcept:
-    """What makes a diffusers pipeline take regions; listed before the pipeline's class.
+    """What makes a diffusers pipeline take regions and controlled words; listed before the pipeline's class.
 
     family: the architecture of the pipeline.
     """
@@ -33,37 +36,47 @@ class MultiConcept:
     family: ClassVar[type[Architecture]]
 
     @torch.no_grad()
-    def __call__(self, *args: Any, regions: Sequence[Region] = (), **options: Any) -> Any:
-        """What the pipeline gives, with these regions in each of its images.
+    def __call__(self, *args: Any, regions: Sequence[Region] = (), words: Sequence[Word] = (), **options: Any) -> Any:
+        """What the pipeline gives, with these regions in each of its images, and these words of its prompts controlled.
 
         The prompt is read where no region is, and the negative prompt everywhere, in a region through its edit. A pooled encoding, which
         Stable Diffusion XL reads as one vector for the whole image, is that of the prompt. All other arguments are the pipeline's own;
         `clip_skip` holds for the regions' prompts too. The new words of the regions' edits may be in every prompt.
         """
         pipe: Any = super()
-        if not regions:
+        if not regions and not words:
             return pipe.__call__(*args, **options)
         arch = self.family.around(self)
         if any(parameter.is_meta for parameter in arch.components()["denoiser"].parameters()):
-            raise UserError("the pipeline is offloaded layer by layer, regions need its layers; use enable_model_cpu_offload")
+            what = "regions need" if regions else "controlled words need"
+            raise UserError(f"the pipeline is offloaded layer by layer, {what} its layers; use enable_model_cpu_offload")
 
         def encode(prompts: list[str]) -> Tensor:
             one = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "clip_skip": options.get("clip_skip")}
             return pipe.encode_prompt(prompt=prompts, device=arch.device, **one)[0]
 
-        with regional(Model(arch), regions, encode=encode) as self._acting:
-            try:
-                return pipe.__call__(*args, **options)
-            finally:
-                del self._acting
+        model = Model(arch)
+        with ExitStack() as stack:
+            self._regions = stack.enter_context(regional(model, regions, encode=encode)) if regions else None
+            stack.callback(delattr, self, "_regions")
+            self._words = stack.enter_context(controlled(model, words)) if words else None
+            stack.callback(delattr, self, "_words")
+            return pipe.__call__(*args, **options)
 
     def encode_prompt(self, *args: Any, **options: Any) -> Any:
-        """As the pipeline does; the regions learn what its batches will hold: under guidance the negative prompts come first."""
+        """As the pipeline does; regions and words learn what its batches will hold: under guidance the negative prompts come first."""
         pipe: Any = super()
         encoded = pipe.encode_prompt(*args, **options)
-        if acting := getattr(self, "_acting", None):
-            prompt, negative = encoded[:2]
-            acting.tell([None] if negative is None else [negative, None], len(prompt))
+        prompt, negative = encoded[:2]
+        if regions := getattr(self, "_regions", None):
+            regions.tell([None] if negative is None else [negative, None], len(prompt))
+        if words := getattr(self, "_words", None):
+            given = inspect.signature(pipe.encode_prompt).bind(*args, **options).arguments
+            said = [given["prompt"]] if isinstance(given["prompt"], str) else given["prompt"]
+            if said is None or given.get("prompt_2") not in (None, given["prompt"]):
+                raise UserError("words are controlled, which are looked for in one prompt for all text encoders; give it, and no prompt_2")
+            each = [one for one in said for _ in range(len(prompt) // len(said))]
+            words.tell([each] if negative is None else [None, each], len(prompt))
         return encoded
 
 

@@ -34,13 +34,21 @@ class AttentionMaps:
         """Where attention is read, in the order of the denoiser."""
         return list(self._queries)
 
-    def probabilities(self, site: str, rows: slice = slice(None)) -> Tensor:
-        """softmax(scale q k^T), [n, heads, queries, tokens], with the graph where the prediction had one. rows: these alone."""
+    def scores(self, site: str, rows: slice = slice(None)) -> Tensor:
+        """scale q k^T, [n, heads, queries, tokens], with the graph where the prediction had one. rows: these alone."""
         attention, query, key = self._sites[site], self._queries[site][rows], self._keys[site][rows]
         query, key = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))
         if attention.upcast_attention:
             query, key = query.float(), key.float()
-        return (attention.scale * query @ key.transpose(-1, -2)).softmax(-1)
+        return attention.scale * query @ key.transpose(-1, -2)
+
+    def probabilities(self, site: str, rows: slice = slice(None)) -> Tensor:
+        """softmax of the scores, [n, heads, queries, tokens]."""
+        return self.scores(site, rows).softmax(-1)
+
+    def forget(self, site: str) -> None:
+        """Let go of a site's queries and keys, until the next prediction."""
+        del self._queries[site], self._keys[site]
 
     def near(self, side: int, sites: Iterable[str] | None = None) -> list[str]:
         """Those of the sites, None is all, whose maps have sides nearest to this: the square root of their places."""
@@ -109,15 +117,24 @@ def token_mask(arch: Architecture, prompts: Sequence[str], words: Sequence[str])
 
     words: one for each prompt. A prompt without its words is a ValueError.
     """
+    mask = token_places(arch, prompts, words)
+    for prompt, word, found in zip(prompts, words, mask.any(1).tolist(), strict=True):
+        if not found:
+            raise ValueError(f"prompt {prompt!r} does not contain {word!r}")
+    return mask
+
+
+def token_places(arch: Architecture, prompts: Sequence[str], words: Sequence[str]) -> Tensor:
+    """The same; a prompt without its words has none."""
     (whole, *_), (alone, *_) = (arch.text_streams()["hidden"].segments(arch.encode(texts)) for texts in (prompts, words))
     if whole.ids is None or alone.ids is None:
         raise ValueError(f"{arch.name} reads no tokens")
     mask = torch.zeros_like(whole.ids, dtype=torch.bool)
-    for row, (prompt, word) in enumerate(zip(prompts, words, strict=True)):
-        sought = alone.ids[row, alone.leading : int(alone.length[row]) - 1]
-        places = whole.ids[row, : int(whole.length[row]) - 1].unfold(0, len(sought), 1).eq(sought).all(1).nonzero().flatten()
-        if not len(places):
-            raise ValueError(f"prompt {prompt!r} does not contain {word!r}")
+    for row in range(len(mask)):
+        sought, said = alone.ids[row, alone.leading : int(alone.length[row]) - 1], whole.ids[row, : int(whole.length[row]) - 1]
+        if not 0 < len(sought) <= len(said):
+            continue
+        places = said.unfold(0, len(sought), 1).eq(sought).all(1).nonzero().flatten()
         mask[row, (places[:, None] + torch.arange(len(sought), device=places.device)).flatten()] = True
     return mask
 

@@ -216,6 +216,13 @@ class Architecture(ABC):
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:
         """Encode prompts, padded to the family's length. grad=True keeps the graph back to embeddings and weights."""
 
+    def encode_again(self, text: Text, *, grad: bool = False) -> Text:
+        """What `encode` gives for the prompts of an encoded text, by its token ids, with the encoders as they are by now.
+
+        For families with `cross_attention_sites`.
+        """
+        raise NotImplementedError(f"{self.name} encodes prompts, and not token ids")
+
     def encode_negative(self, prompts: Sequence[str]) -> Text:
         """Prompts as the other side of classifier-free guidance; "" is how the family was trained without a prompt."""
         return self.encode(prompts)

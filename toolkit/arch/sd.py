@@ -150,10 +150,14 @@ class SD(Encoders):
 
     # --- text ---------------------------------------------------------------------------------------------------
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:
-        encoder = self.pipe.text_encoder
-        ids, length = self.tokenize(prompts, "text_encoder")
+        return self._encoded(*self.tokenize(prompts, "text_encoder"), grad)
+
+    def encode_again(self, text: Text, *, grad: bool = False) -> Text:
+        return self._encoded(text.ids, text.length, grad)
+
+    def _encoded(self, ids: Tensor, length: Tensor, grad: bool) -> Text:
         with torch.set_grad_enabled(grad):
-            hidden = encoder(ids).last_hidden_state
+            hidden = self.pipe.text_encoder(ids).last_hidden_state
         return Text(hidden, ids, length)
 
     # --- images and noise ---------------------------------------------------------------------------------------

@@ -84,9 +84,18 @@ class SDXL(SD):
     def encode(self, prompts: Sequence[str], *, grad: bool = False) -> Text:
         """hidden: both encoders' last hidden states but one, side by side. ids and length: the first tokenizer's."""
         ids, length = self.tokenize(prompts, "text_encoder")
+        return self._encoded_by_both(ids, self.tokenize(prompts, "text_encoder_2")[0], length, grad)
+
+    def encode_again(self, text: Text, *, grad: bool = False) -> Text:
+        """The second tokenizer has the same words by the same ids, and its own padding."""
+        inside = torch.arange(text.ids.shape[1], device=text.ids.device) < text.length[:, None]
+        ids_2 = text.ids.masked_fill(~inside, self.pipe.tokenizer_2.pad_token_id)
+        return self._encoded_by_both(text.ids, ids_2, text.length, grad)
+
+    def _encoded_by_both(self, ids: Tensor, ids_2: Tensor, length: Tensor, grad: bool) -> Text:
         with torch.set_grad_enabled(grad):
             first = self.pipe.text_encoder(ids, output_hidden_states=True)
-            second = self.pipe.text_encoder_2(self.tokenize(prompts, "text_encoder_2")[0], output_hidden_states=True)
+            second = self.pipe.text_encoder_2(ids_2, output_hidden_states=True)
             hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         return Text(hidden, ids, length, second.text_embeds)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from toolkit.concepts import CustomizeTask, Subject, Task
+from toolkit.layer_rows import LayerRows
 from toolkit.method import option
 from toolkit.prompt_search import TokenRows
 from toolkit.world.scenes import ASSETS
@@ -29,18 +30,23 @@ TEMPLATES = {
 class TextualInversion(Learned):
     """An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion, Gal et al., arXiv 2208.01618.
 
+    With per_layer, P+: Extended Textual Conditioning in Text-to-Image Generation, Voynov et al., arXiv 2303.09522.
+
     Equation
         v* = argmin_v E_{z, y, eps, t} || eps - eps_theta(z_t, t, c(y; v)) ||^2,    z_t = alpha_t z + sigma_t eps,
         where z is the latent of a picture of the subject, y a caption with the new word, v the word's embedding and c the
         text encoder; everything but v is frozen. With a model that predicts velocity the same is done in velocities.
+        per_layer: v = (v_1, ..., v_l) for the l cross-attentions, of which the i-th reads c(y; v_i) as its keys and values.
 
     Shapes
-        v: [vectors, d] for each word, d the width of the token embedding. z, eps: [batch, c, h', w'] scaled latents.
+        v: [vectors, d] for each word, d the width of the token embedding; per_layer [l, vectors, d]. z, eps: [batch, c, h', w'] scaled
+        latents.
 
     Defaults
         learning_rate 0.005 and a batch of 4, constant, AdamW, as in the paper; there the rate is further multiplied by the
         batch size and the number of GPUs to 0.04, and 5000 steps are taken. max_train_steps 500 is chosen by us for the
-        embedded model: give 2000 to 5000 for photographs.
+        embedded model: give 2000 to 5000 for photographs. per_layer is off, as in the first paper; the second one changes nothing else
+        but the number of steps, which is 500.
 
     Deviations
         Only new rows exist as parameters, where the official code trains the table and restores the other rows.
@@ -50,9 +56,13 @@ class TextualInversion(Learned):
         stratified over the batch by default: each is still uniform, with less variance between steps. With masks the
         error counts on the subject only, divided by its area. Several vectors, also in the paper's appendix, start from
         the class name's tokens in turn.
+        per_layer: all v_i start from the same rows and are trained at once by one loss. The pooled encoding of SDXL, which the paper has
+        not, is one for the whole image: it is made with the mean of the v_i, in training too. Layers are told apart by their attention,
+        16 in Stable Diffusion 1, 70 in XL, for each of which a prompt is encoded in every step.
     """
 
     num_vectors: int = option(1, "embedding vectors for each new word")
+    per_layer: bool = option(False, "rows of its own for each cross-attention (P+, arXiv 2303.09522)")
     initializer_token: str | None = option(None, "word or phrase to start from; none is the subject's class name")
     learnable_property: Literal["object", "style"] = option("object", "what is learned, which decides the templates")
     train_batch_size: int = option(4, "pictures that are computed at once")
@@ -70,7 +80,8 @@ class TextualInversion(Learned):
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
         subjects = self.subjects(task)
         start = {subject.token: self.initializer_token or subject.class_name for subject in subjects}
-        with TokenRows(model, start, vectors=self.num_vectors, seed=self.seed).unlisted() as rows:
+        words = LayerRows if self.per_layer else TokenRows
+        with words(model, start, vectors=self.num_vectors, seed=self.seed).unlisted() as rows:
             pictures = Photos.of(model.arch, subjects, self, TEMPLATES[self.learnable_property])
             yield Denoising(rows, pictures, Prompts(model.arch, self.cache, grad=True), self), rows.edit
 
