@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,18 +10,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from eval import stored
 from eval.bench_results import Costs, Measured
-from eval.cells import Cell
+from eval.cells import Cell, Pair
 from eval.fidelity import drift, oracle_kid
-from eval.prompts import Prompt
 from eval.rates import Painter, Shown
-from eval.unedited import Unedited, reading_of, reading_to_json
+from eval.stored import from_json, to_json
+from eval.unedited import Unedited
 from toolkit.errors import UserError
 from toolkit.io.files import FILE_NAME, save_edit
-from toolkit.runs import timed, write_atomic
-from toolkit.world.scenes import Scene, World
+from toolkit.runs import timed
+from toolkit.world.scenes import World
 
 if TYPE_CHECKING:
     from toolkit.model import Model
@@ -32,7 +30,7 @@ DRIFT = 32  # images of everything else whose pixels are compared with those of 
 
 @dataclass
 class Bench:
-    """Where cells are measured. out: the folder of the cells' files."""
+    """Where cells are measured. out: the folder that new files go to; those in `stored.RESULTS` are found as well."""
 
     world: World
     model: Model
@@ -66,8 +64,8 @@ class Bench:
             return None
         images = {}
         for label, pairs in cell.asked.items():
-            stored = _by_prompts(record["images"][label])
-            images[label] = [tuple(map(from_json, stored[pair])) for pair in pairs]
+            drawn = _by_prompts(map(from_json, record["images"][label]))
+            images[label] = [drawn[pair] for pair in pairs]
         costs = Costs(record["seconds"], record["peak_memory_mb"], record["bytes"])
         return Measured(cell, images, costs, record["steps"], record["kid"], record.get("drift", ()))
 
@@ -99,43 +97,26 @@ class Bench:
             before = self.unedited.shown(first, title)
             with self.model.attached(edit):
                 after = self.painter.draw(self.model, [second for _, second in asked], f"{cell.name}, {label}, after")
-            drawn = [(to_json(a), to_json(b)) for a, b in zip(before, after, strict=True)]
-            record["images"][label] = list((_by_prompts(record["images"].get(label, [])) | _by_prompts(drawn)).values())
+            held = map(from_json, record["images"].get(label, ()))
+            drawn = _by_prompts([*held, *zip(before, after, strict=True)])
+            record["images"][label] = [to_json(*pair) for pair in drawn.values()]
             if label == "name":
                 record["kid"] = [kid, oracle_kid(self.world, self.painter.oracle, after).as_json()["value"]]
             if label == "kept":
                 record["drift"] = drift(self.painter.draw(self.model, first[:DRIFT], title), after[:DRIFT])
-            write_atomic(self.file(cell), json.dumps(record, ensure_ascii=False))
+            stored.write(self.file(cell), record)
 
     def _record(self, cell: Cell) -> dict[str, Any]:
         """What the cell's file holds, or an empty record."""
-        file = self.file(cell)
-        return json.loads(file.read_text()) if file.is_file() else {"images": {}, "kid": [None, None]}
+        return stored.read(self.file(cell), {"images": {}, "kid": [None, None]})
 
 
 def _missing(record: Mapping[str, Any], cell: Cell) -> list[str]:
     """The labels of a cell whose images are not in its record."""
-    return [label for label, pairs in cell.asked.items() if not _by_prompts(record["images"].get(label, [])).keys() >= set(pairs)]
+    held = {label: _by_prompts(map(from_json, rows)) for label, rows in record["images"].items()}
+    return [label for label, pairs in cell.asked.items() if not held.get(label, {}).keys() >= set(pairs)]
 
 
-def to_json(shown: Shown) -> dict[str, Any]:
-    """An image without its pixels: what was asked for and what the oracle reads."""
-    prompt, reading = shown.prompt, shown.reading
-    asked = {"background": prompt.scene.background, "style": prompt.scene.style, "items": prompt.scene.items, "words": prompt.words}
-    return {"prompt": prompt.text, "seed": prompt.seed, "asked": asked, "shows": reading_to_json(reading)}
-
-
-def from_json(row: Mapping[str, Any]) -> Shown:
-    """The inverse of `to_json`; without pixels."""
-    return Shown(_prompt(row), reading_of(row["shows"]), torch.empty(0))
-
-
-def _prompt(row: Mapping[str, Any]) -> Prompt:
-    asked = row["asked"]
-    scene = Scene(asked["background"], asked["style"], tuple((place, name) for place, name in asked["items"]))
-    return Prompt(row["prompt"], row["seed"], scene, tuple(asked["words"]))
-
-
-def _by_prompts(rows: Iterable[Any]) -> dict[tuple[Prompt, Prompt], Any]:
+def _by_prompts(pairs: Iterable[tuple[Shown, Shown]]) -> dict[Pair, tuple[Shown, Shown]]:
     """The images of a label by what they were asked for, before and after."""
-    return {(_prompt(before), _prompt(after)): (before, after) for before, after in rows}
+    return {(before.prompt, after.prompt): (before, after) for before, after in pairs}

@@ -8,24 +8,25 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from eval.bench_bars import Row, rows
+from eval.bench_learnt import COLUMNS, QUESTIONS, differences, learnt, lesson
 from eval.bench_results import (
     ASKED_FOR,
     BY_WORD,
     ENOUGH,
     Measured,
     answers,
+    by_section,
     drawn_most,
-    first_drawn,
     instead_style,
     kept,
     kept_objects,
     other_drawn,
     pooled,
-    rows,
     short,
     still_drawn,
 )
-from eval.cells import Cell, Portrait
+from eval.cells import Cell
 from eval.experiment import Experiment, Section
 from eval.intervals import mean
 from eval.rates import DRAWN_WELL, background_right, drawn_instead, drawn_well, most_drawn, object_right, relative, share, style_right
@@ -46,7 +47,7 @@ COMPARED = {
         "drift",
     ),
     "styles": ("drawn by name", "unedited, no style named", "object right", "background right", "others kept"),
-    "subjects": ("new contexts", "beside another", "both drawn", "unedited, by its name", "background", "others kept"),
+    **COLUMNS,
 }
 INSTEAD = ("shows", "most often", "background", "style", "oracle-KID", "others kept")
 COST = ("fit, s", "memory, MiB", "edit, KiB")
@@ -65,8 +66,12 @@ class Report:
 
     def missed(self) -> list[str]:
         """The lines that miss their bars, of all methods."""
-        lines = [(method, row) for method in self.experiment.methods for row in rows(self.results, method)]
+        lines = [(method, row) for method in self.experiment.methods for row in self.rows(method)]
         return [f"{method}, {row.what}: {short(row.estimate, 1)}" for method, row in lines if row.missed]
+
+    def rows(self, method: str) -> list[Row]:
+        """A method's lines."""
+        return rows(self.results, method, self.experiment.sections)
 
     def page(self) -> str:
         """The markdown page."""
@@ -92,17 +97,19 @@ class Report:
     # --- side by side -------------------------------------------------------------------------------------------------
     def section(self, section: Section) -> str:
         """The methods side by side on a section, over all its tasks that count."""
-        name = section.title
-        found = [result for result in self.results if result.cell.section == name and result.counts]
-        per_method = {label: [result for result in found if result.cell.method == label] for label in self.experiment.methods}
-        per_method = {label: own for label, own in per_method.items() if own}
+        name, kind, found = section.title, section.kind, by_section(self.results).get(section.title, {})
+        per_method = {label: found[label] for label in self.experiment.methods if label in found}
         if not per_method:
             return f"### {name}\n\nNothing that counts."
-        kind = found[0].cell.kind
         lines = [[label, *COMPARE[kind](own), *mean_cost(own)] for label, own in per_method.items()]
-        text = "\n\n".join([f"### {name}", *described(section), table(("method", *COMPARED[kind], *COST), lines)])
-        least = by_object_kept(per_method) if kind == "objects" else ""
-        return f"{text}\n\nKept least, pooled over the tasks:\n\n{least}" if least else text
+        parts = [f"### {name}", *described(section), table(("method", *COMPARED[kind], *COST), lines)]
+        if least := by_object_kept(per_method) if kind == "objects" else "":
+            parts += ["Kept least, pooled over the tasks:", least]
+        if reference := per_method.pop(section.against, None):
+            columns = ("method", *(one.column for one in QUESTIONS[kind]), "edit, of its size")
+            lines = [[label, *differences(own, reference)] for label, own in per_method.items()]
+            parts += [f"Less what {section.against} reaches with the same prompts and seeds:", table(columns, lines)]
+        return "\n\n".join(filter(None, parts))
 
     # --- one by one ---------------------------------------------------------------------------------------------------
     def method(self, label: str) -> str:
@@ -110,22 +117,29 @@ class Report:
         own = [result for result in self.results if result.cell.method == label]
         of = {kind: [result for result in own if result.cell.kind == kind] for kind in COMPARED}
         tables = [
-            table(BARS, [row.cells() for row in rows(self.results, label)]),
+            table(BARS, [row.cells() for row in self.rows(label)]),
             table(("task", *ERASED), [[r.cell.task, *by_words(r)] for r in of["objects"]]),
             table(("task", *INSTEAD, *COST), [[r.cell.task, *in_its_place(r), *cost(r)] for r in of["objects"] if "name" in r.images]),
             table(("style", *COMPARED["styles"], *COST), [[r.cell.task, *styles([r]), *cost(r)] for r in of["styles"]]),
-            table(
-                ("subject", "style", "class name", *COMPARED["subjects"], "steps", *COST),
-                [[r.cell.task, *portrait(r), *subjects([r]), str(r.steps), *cost(r)] for r in of["subjects"]],
+            *(
+                table(
+                    ("task", "style", "class names", *columns, "steps", *COST),
+                    [[r.cell.task, *portrait(r), *learnt([r]), str(r.steps), *cost(r)] for r in of[kind]],
+                )
+                for kind, columns in COLUMNS.items()
             ),
         ]
-        config = json.dumps(self.experiment.methods[label].config())
+        beside = self.experiment.given[label]
+        given = {key: beside.config()[key] for key in beside.changed()}
+        config = json.dumps(self.experiment.methods[label].config() | ({"given": given} if given else {}))
         return "\n\n".join([f"### {label}", f"`{self.experiment.methods[label].name()}` with `{config}`", *filter(None, tables)])
 
 
 def described(section: Section) -> list[str]:
     """What the methods are told in a section that is not said for all."""
     said = []
+    if section.pairs:
+        said.append(f"{section.pictures} picture{'s' if section.pictures > 1 else ''} of each pair.")
     if section.templates:
         said.append(f"The methods put every object, erased and preserved, into {section.templates} contexts.")
     if section.nothing:
@@ -159,20 +173,7 @@ def styles(found: Sequence[Measured]) -> list[str]:
     ]
 
 
-def subjects(found: Sequence[Measured]) -> list[str]:
-    """Learnt subjects."""
-    (by_name, new), (_, beside) = pooled(found, "alone"), pooled(found, "beside")
-    return [
-        short(share(new, object_right)),
-        short(share(beside, first_drawn)),
-        short(share(beside, object_right)),
-        short(share(by_name, object_right)),
-        short(share(new, background_right)),
-        short(kept(found)),
-    ]
-
-
-COMPARE = {"objects": objects, "styles": styles, "subjects": subjects}
+COMPARE = {"objects": objects, "styles": styles, **dict.fromkeys(COLUMNS, learnt)}
 
 
 def by_words(result: Measured) -> list[str]:
@@ -195,9 +196,8 @@ def in_its_place(result: Measured) -> list[str]:
 
 
 def portrait(result: Measured) -> list[str]:
-    """A subject's style and class name."""
-    assert isinstance(result.cell.goal, Portrait)
-    return [result.cell.goal.style, result.cell.goal.class_name]
+    """The style of the pictures, and the subjects' class names."""
+    return [lesson(result.cell).pictures[0].style, ", ".join(one.class_name for one in lesson(result.cell).subjects)]
 
 
 def cost(result: Measured) -> list[str]:
@@ -264,6 +264,11 @@ NOTES = {
 - **Subjects** are objects that the model has never seen, learnt from {len(PICTURES)} pictures, each subject in one style. Their class name
   is the nearest thing that the model knows. They are asked for on backgrounds that none of the pictures has, at all places, and on
   the left of an object that the model knows. "Unedited" is then the model asked by the object's own name.""",
+    "pairs": """\
+- **Pairs** are two subjects that are learnt together from pictures that show both side by side, in one style. Each is asked for alone,
+  where the other should not appear, and both in one prompt, on new backgrounds.""",
+    "entangled": f"""\
+- **Entangled**: {len(PICTURES)} pictures of a subject on one background, which their captions do not say. It is asked for on others.""",
 }
 
 PAGE = """# {title}

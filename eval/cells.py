@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, product
 from pathlib import Path
@@ -11,8 +11,9 @@ from pathlib import Path
 from eval import prompts as make
 from eval.experiment import Experiment, Section
 from eval.prompts import Prompt, resolve
-from eval.subjects import PICTURES, subject
-from toolkit.concepts import Concept, CustomizeTask, EraseTask, Task
+from eval.subjects import PICTURES, SIDES, Lesson, Portrait, entangled, side_by_side
+from eval.subjects import alone as portrayed
+from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError, unknown
 from toolkit.method import Method
 from toolkit.world.captions import AT
@@ -20,19 +21,9 @@ from toolkit.world.scenes import BACKGROUNDS, Scene, World
 
 KEPT = 0.75  # images of everything else in a cell, per image of the concept by name
 ROUND = 40  # different prompts for one of the other objects before seeds change
-TOKEN = "<pal>"
+TOKENS = ("<pal>", "<toy>")
 
 Pair = tuple[Prompt, Prompt]
-
-
-@dataclass(frozen=True)
-class Portrait:
-    """A subject to learn: the object, the word for what it is nearest to among what the model knows, its token, its style."""
-
-    name: str
-    class_name: str
-    token: str
-    style: str
 
 
 @dataclass(frozen=True)
@@ -46,13 +37,14 @@ class Cell:
     given       by its synonyms that a method may be given  unnamed unedited: the prompts of `name` without the style
     held_back   by those that none is given                 alone   a subject in new contexts; unedited: by the object's name
     beside      left of another object, which should stay   beside  of a subject: the same on new backgrounds
+    together    both subjects of a pair, side by side; unedited: by the objects' names
     """
 
     method: str
     fitted: Method
     section: str
     task: str
-    goal: EraseTask | Portrait
+    goal: EraseTask | Lesson
     asked: Mapping[str, Sequence[Pair]]
 
     @property
@@ -67,9 +59,9 @@ class Cell:
 
     @property
     def kind(self) -> str:
-        """objects, styles or subjects."""
-        if isinstance(self.goal, Portrait):
-            return "subjects"
+        """What kind of section it is in."""
+        if isinstance(self.goal, Lesson):
+            return self.goal.kind
         return "styles" if self.goal.concepts[0].kind == "style" else "objects"
 
     @property
@@ -79,10 +71,7 @@ class Cell:
 
     def to_fit(self, world: World, folder: Path) -> Task:
         """The task for the method; a subject's pictures go into the folder."""
-        if isinstance(self.goal, EraseTask):
-            return self.goal
-        one = self.goal
-        return CustomizeTask((subject(world, folder, one.name, one.class_name, one.token, one.style),))
+        return self.goal if isinstance(self.goal, EraseTask) else self.goal.task(world, folder)
 
 
 def plan(world: World, experiment: Experiment) -> list[Cell]:
@@ -93,30 +82,24 @@ def plan(world: World, experiment: Experiment) -> list[Cell]:
     cells: dict[str, list[Cell]] = {section.title: [] for section in experiment.sections}
     for learning in (False, True):
         tasks = [
-            (section, task, goal)
-            for section in experiment.sections
-            if bool(section.subjects) == learning
-            for task, goal in goals(world, section)
+            (section, task, goal) for section in experiment.sections if section.learns == learning for task, goal in goals(world, section)
         ]
         counts = [others(section, experiment) for section, *_ in tasks]
         rest = shares(world, [hidden(goal) for *_, goal in tasks], counts)
         for (section, task, goal), kept in zip(tasks, rest, strict=True):
-            about = {**asked(world, goal, section.n or experiment.header.n), "kept": same(kept)}
-            drawn = {label: pairs for label, pairs in about.items() if label in section.labels or label == "unnamed"}
-            for label in experiment.methods_of(section):
-                cells[section.title].append(Cell(label, experiment.method(label, section), section.title, task, goal, drawn))
+            for method in experiment.methods_of(section):
+                own = replace(goal, given=experiment.given[method]) if isinstance(goal, Lesson) else goal
+                about = {**asked(world, own, section.n or experiment.header.n), "kept": same(kept)}
+                drawn = {label: pairs for label, pairs in about.items() if label in section.labels or label == "unnamed"}
+                cells[section.title].append(Cell(method, experiment.method(method, section), section.title, task, own, drawn))
     return [cell for found in cells.values() for cell in found]
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
-def goals(world: World, section: Section) -> Iterator[tuple[str, EraseTask | Portrait]]:
+def goals(world: World, section: Section) -> Iterator[tuple[str, EraseTask | Lesson]]:
     """The tasks of a section with their names."""
-    if section.subjects:
-        unseen = world.names("held_out")
-        for i, (name, class_name) in enumerate(zip(section.subjects, section.class_names, strict=True)):
-            if name not in unseen:
-                raise unknown(f"subject in section {section.title!r}", name, unseen)
-            yield name, Portrait(name, class_name, TOKEN, world.styles[i % len(world.styles)])
+    if section.learns:
+        yield from lessons(world, section)
         return
     concepts = list(erased(world, section))
     if section.together:
@@ -125,6 +108,25 @@ def goals(world: World, section: Section) -> Iterator[tuple[str, EraseTask | Por
     for concept in concepts:
         to = f" to {concept.anchor or 'nothing'}" if section.styles or concept.anchor else ""
         yield f"{concept.name}{to}{'' if section.synonyms else ' without synonyms'}", erasure(world, [concept], section.templates)
+
+
+def lessons(world: World, section: Section) -> Iterator[tuple[str, Lesson]]:
+    """What is to learn in a section; styles are taken in turn."""
+    unseen, size = world.names("held_out"), len(TOKENS) if section.pairs else 1
+    named = list(zip(section.concepts, section.class_names, strict=True))
+    for name in section.concepts:
+        if name not in unseen:
+            raise unknown(f"subject in section {section.title!r}", name, unseen)
+    for i in range(len(named) // size):
+        one, *other = (Portrait(*names, token) for names, token in zip(named[i * size :][:size], TOKENS, strict=False))
+        style, background = world.styles[i % len(world.styles)], PICTURES[i % len(PICTURES)][0]
+        if other:
+            several = f" in {section.pictures} pictures" if section.pictures > 1 else ""
+            yield f"{one.name} and {other[0].name}{several}", side_by_side((one, *other), style, i, section.pictures)
+        elif section.entangled:
+            yield f"{one.name} on {background}", entangled(one, style, background)
+        else:
+            yield one.name, portrayed(one, style)
 
 
 def erased(world: World, section: Section) -> Iterator[Concept]:
@@ -148,7 +150,7 @@ def erasure(world: World, concepts: Sequence[Concept], templates: int) -> EraseT
     return EraseTask(tuple(concepts), (*styles, *make.everything_else(world, names)))
 
 
-def hidden(goal: EraseTask | Portrait) -> set[str]:
+def hidden(goal: EraseTask | Lesson) -> set[str]:
     """What is not asked for among everything else."""
     return {concept.name for concept in goal.concepts} if isinstance(goal, EraseTask) else set()
 
@@ -156,27 +158,36 @@ def hidden(goal: EraseTask | Portrait) -> set[str]:
 def others(section: Section, experiment: Experiment) -> int:
     """How many images of everything else each task of a section is measured with."""
     n = section.n or experiment.header.n
-    return section.kept or (max(1, n // 2) if section.subjects else max(1, round(KEPT * n)))
+    return section.kept or (max(1, n // 2) if section.learns else max(1, round(KEPT * n)))
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
-def asked(world: World, goal: EraseTask | Portrait, n: int) -> dict[str, list[Pair]]:
+def asked(world: World, goal: EraseTask | Lesson, n: int) -> dict[str, list[Pair]]:
     """Label -> the prompts about what is erased or learnt. n: of each concept by its name."""
-    half = max(1, n // 2)
-    if isinstance(goal, Portrait):
-        words, free = (goal.name, goal.token), new_backgrounds()
-        return {
-            "alone": list(zip(*(alone(word, goal.name, n) for word in words), strict=True)),
-            "beside": list(zip(*(beside(word, goal.name, world.names("scored"), half, free) for word in words), strict=True)),
-        }
+    if isinstance(goal, Lesson):
+        return taught(world, goal, n)
     if goal.concepts[0].kind == "style":
         named = make.in_style(goal.concepts[0].name, world.names("scored"), n)
         return {"name": same(named), "unnamed": [(unnamed(prompt), prompt) for prompt in named]}
     names = [concept.name for concept in goal.concepts]
     rest = [name for name in world.names("scored") if name not in names]
     by_name = [prompt for name in names for prompt in make.single(world, name, n)]
-    two = [prompt for name in names for prompt in beside(name, name, rest, half, list(BACKGROUNDS))]
-    return {"name": same(by_name), **by_synonyms(world, goal, n), "beside": same(two)}
+    with_others = [prompt for name in names for prompt in beside(name, name, rest, max(1, n // 2), list(BACKGROUNDS))]
+    return {"name": same(by_name), **by_synonyms(world, goal, n), "beside": same(with_others)}
+
+
+def taught(world: World, lesson: Lesson, n: int) -> dict[str, list[Pair]]:
+    """The same about what is learnt; n: of each subject alone, and of both together."""
+    names = lesson.names
+
+    def pairs(asked: Callable[[Sequence[str]], list[Prompt]]) -> list[Pair]:
+        return list(zip(asked(names), asked(lesson.words), strict=True))
+
+    result = {"alone": pairs(lambda words: [prompt for word, name in zip(words, names, strict=True) for prompt in alone(word, name, n)])}
+    if lesson.kind == "pairs":
+        return {**result, "together": pairs(lambda words: together(words, names, n))}
+    others, half, free = world.names("scored"), max(1, n // 2), new_backgrounds()
+    return {**result, "beside": pairs(lambda words: beside(words[0], names[0], others, half, free))}
 
 
 def by_synonyms(world: World, goal: EraseTask, n: int) -> dict[str, list[Pair]]:
@@ -205,17 +216,21 @@ def alone(word: str, name: str, n: int) -> list[Prompt]:
 
 def beside(word: str, name: str, others: Sequence[str], n: int, backgrounds: Sequence[str]) -> list[Prompt]:
     """n prompts for an object, called by `word`, on the left of one of the others."""
-    left, right = AT["left"][0], AT["right"][0]
-    prompts = [
-        Prompt(
-            make.SEVERAL.format(f"a {word} {left} and a {other} {right}", background=background),
-            0,
-            Scene(background, "", (("left", name), ("right", other))),
-            (word, other),
-        )
-        for background, other in product(backgrounds, others)
-    ]
+    prompts = [two((word, other), (name, other), background) for background, other in product(backgrounds, others)]
     return make.spread(prompts, n, 0, f"beside {name}")
+
+
+def together(words: Sequence[str], names: Sequence[str], n: int) -> list[Prompt]:
+    """n prompts for two objects, called by `words`, side by side either way, on backgrounds that none of their pictures has."""
+    prompts = [two(words[::turn], names[::turn], background) for background, turn in product(new_backgrounds(), (1, -1))]
+    return make.spread(prompts, n, 0, f"together {', '.join(names)}")
+
+
+def two(words: Sequence[str], names: Sequence[str], background: str) -> Prompt:
+    """A prompt for two objects, called by `words`, the first on the left."""
+    parts = [f"a {word} {AT[side][0]}" for word, side in zip(words, SIDES, strict=True)]
+    scene = Scene(background, "", tuple(zip(SIDES, names, strict=True)))
+    return Prompt(make.SEVERAL.format(" and ".join(parts), background=background), 0, scene, tuple(words))
 
 
 def new_backgrounds() -> list[str]:

@@ -11,9 +11,12 @@
     method = "uce"
     lamb = 10
 
+    [methods.break_a_scene]         # what a method that learns is given with its pictures, see `Given`
+    given = { masks = true, captions = false }
+
     [[sections]]
     title = "objects, each alone"
-    objects = ["dog", "pistol"]     # of the embedded world: objects, a group such as weapon; or styles, or subjects
+    objects = ["dog", "pistol"]     # of the embedded world: objects, a group such as weapon; or styles, subjects, ...
 
 `Section` lists what a section may say. eval/experiments/ has the project's own.
 """
@@ -25,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.subjects import PICTURES, Given
 from toolkit import registry
 from toolkit.errors import UserError, unknown
 from toolkit.method import Method
@@ -34,8 +38,10 @@ LABELS = {
     "objects": ("name", "given", "held_back", "kept", "beside"),
     "styles": ("name", "kept"),
     "subjects": ("alone", "beside", "kept"),
+    "pairs": ("alone", "together", "kept"),
+    "entangled": ("alone", "kept"),
 }
-METHOD_KIND = {"objects": "erase", "styles": "erase", "subjects": "customize"}
+METHOD_KIND = {"objects": "erase", "styles": "erase", "subjects": "customize", "pairs": "customize", "entangled": "customize"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,10 @@ class Section(Configured):
     objects: tuple[str, ...] = option((), "objects to erase, or a group of them")
     styles: tuple[str, ...] = option((), "styles to erase")
     subjects: tuple[str, ...] = option((), "objects that the model has never seen, to learn")
+    pairs: tuple[str, ...] = option((), "the same two by two, each two out of pictures that show both side by side")
+    entangled: tuple[str, ...] = option((), "the same, each from pictures with one background, which no caption says")
     class_names: tuple[str, ...] = option((), "for each subject what it is nearest to among what the model knows")
+    pictures: int = option(1, "pictures of each pair, on different backgrounds, the sides in turn")
     anchors: tuple[str, ...] = option((), "what to draw instead: one for all, or one for each")
     together: bool = option(False, "erase all in one task, rather than each alone")
     synonyms: bool = option(True, "give the methods the synonyms that they may be given")
@@ -55,14 +64,16 @@ class Section(Configured):
     preserve_times: float = option(1.0, "times that the methods' preserve scales count, for several concepts in one task")
     ask: tuple[str, ...] = option((), "what is drawn, by label; empty: everything but beside for objects, all else")
     methods: tuple[str, ...] = option((), "labels of the methods; empty: all that can do it")
+    against: str = option("", "label of the method that the others are compared with, image by image, and by their edits' sizes")
+    size: float = option(0.0, "the bar of the edits' sizes: at most this part of the size of that method's edits; 0: none")
     n: int | None = option(None, "images of a concept by its name, in place of the experiment's")
     kept: int | None = option(None, "images of everything else for each task; default: three quarters of n")
 
     def __post_init__(self) -> None:
-        if sum(map(bool, (self.objects, self.styles, self.subjects))) != 1:
-            raise UserError(f"section {self.title!r} needs one of objects, styles and subjects; name what it is about there")
+        if sum(bool(getattr(self, kind)) for kind in LABELS) != 1:
+            raise UserError(f"section {self.title!r} needs one of {', '.join(LABELS)}; name what it is about there")
         for what, given, allowed in (
-            ("class_names", len(self.class_names), {len(self.subjects)}),
+            ("class_names", len(self.class_names), {len(self.concepts) if self.learns else 0}),
             ("anchors", len(self.anchors), {0, 1, len(self.concepts)}),
         ):
             if given not in allowed:
@@ -71,14 +82,27 @@ class Section(Configured):
             raise UserError(f"section {self.title!r} has {self.templates} templates; give 0, or for objects more")
         if not 0 < self.preserve_times < float("inf"):
             raise UserError(f"section {self.title!r} has preserve_times {self.preserve_times}, needs a number above 0; give such a factor")
+        if len(self.pairs) % 2:
+            raise UserError(f"section {self.title!r} has {len(self.pairs)} pairs' subjects, needs two for each pair; give one more")
+        if not 1 <= self.pictures <= len(PICTURES) or (self.pictures > 1 and not self.pairs):
+            raise UserError(f"section {self.title!r} has {self.pictures} pictures; give 1, or for pairs up to {len(PICTURES)}")
+        if self.against and not self.learns:
+            raise UserError(f"section {self.title!r} has against, which compares what is learnt; leave it out")
+        if self.size < 0 or (self.size and not self.against):
+            raise UserError(f"section {self.title!r} has size {self.size:g}, needs 0, or more with against; name a method there")
         for label in self.ask:
             if label not in LABELS[self.kind]:
                 raise unknown(f"label in ask of section {self.title!r}", label, LABELS[self.kind])
 
     @property
     def kind(self) -> str:
-        """objects, styles or subjects."""
+        """One of `LABELS`."""
         return next(kind for kind in LABELS if getattr(self, kind))
+
+    @property
+    def learns(self) -> bool:
+        """Whether it is about what is learnt, and not about what is erased."""
+        return METHOD_KIND[self.kind] == "customize"
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -113,10 +137,11 @@ class Header(Configured):
 
 @dataclass(frozen=True)
 class Experiment:
-    """methods: label -> method with its options. sections: in the order of the report."""
+    """methods: label -> method with its options. given: label -> what it is given. sections: in the order of the report."""
 
     header: Header
     methods: dict[str, Method]
+    given: dict[str, Given]
     sections: tuple[Section, ...]
 
     def methods_of(self, section: Section) -> list[str]:
@@ -125,7 +150,10 @@ class Experiment:
         for label in section.methods:
             if label not in able:
                 raise unknown(f"method to {METHOD_KIND[section.kind]} in section {section.title!r}", label, able)
-        return list(section.methods or able)
+        labels = list(section.methods or able)
+        if section.against and section.against not in labels:
+            raise unknown(f"method in against of section {section.title!r}", section.against, labels)
+        return labels
 
     def method(self, label: str, section: Section) -> Method:
         """The method of this label as it is measured on a section."""
@@ -151,21 +179,25 @@ def read(path: str | Path) -> Experiment:
     methods, sections = given.pop("methods", {}), given.pop("sections", [])
     if not isinstance(methods, dict) or not isinstance(sections, list) or not methods or not sections:
         raise UserError(f"{str(path)!r} needs a table [methods.NAME] and a table [[sections]]; write at least one of each")
-    result = Experiment(
-        Header.from_config(given), {label: _method(label, options) for label, options in methods.items()}, _sections(sections)
-    )
+    told = {label: _method(label, options) for label, options in methods.items()}
+    able = {label: method for label, (method, _) in told.items()}
+    result = Experiment(Header.from_config(given), able, {label: beside for label, (_, beside) in told.items()}, _sections(sections))
     for section in result.sections:
         if not result.methods_of(section):
             raise UserError(f"no method of the experiment can {METHOD_KIND[section.kind]}, which section {section.title!r} needs; add one")
     return result
 
 
-def _method(label: str, options: dict[str, Any]) -> Method:
-    """The method of a table [methods.LABEL]."""
+def _method(label: str, options: dict[str, Any]) -> tuple[Method, Given]:
+    """The method of a table [methods.LABEL], and what it is given."""
     if not isinstance(options, dict):
         raise UserError(f"methods.{label} is {options!r}, needs a table; write [methods.{label}] with its options below")
     options = dict(options)
-    return registry.load("method", options.pop("method", label)).from_config(options)
+    given = options.pop("given", {})
+    method = registry.load("method", options.pop("method", label)).from_config(options)
+    if given and method.kind != "customize":
+        raise UserError(f"methods.{label} is given {', '.join(given)}, and {method.name()} learns from no pictures; leave it out")
+    return method, Given.from_config(given)
 
 
 def _sections(given: list[dict[str, Any]]) -> tuple[Section, ...]:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eval import stored
 from eval.fidelity import oracle_kid
 from eval.prompts import Prompt
 from eval.rates import Painter, Shown
-from toolkit.runs import write_atomic
-from toolkit.world.oracle import NONE, Reading
-from toolkit.world.scenes import PLACES, World
+from eval.stored import reading_of, reading_to_json
+from toolkit.world.scenes import World
 
 if TYPE_CHECKING:
     from toolkit.model import Model
@@ -48,25 +48,15 @@ class Unedited:
         return known[key]
 
     def _read(self) -> dict[str, Any]:
-        return json.loads(self.file.read_text()) if self.file.is_file() else {"shown": {}, "kid": {}}
+        return stored.read(self.file, {"shown": {}, "kid": {}})
 
     def _add(self, drawn: Sequence[Shown], kid: Mapping[str, float | None] | None = None) -> dict[str, Any]:
         """Write what is new to the file as it is by now, and give what it then holds."""
         held = self._read()
         held["shown"] |= {_key(item.prompt): reading_to_json(item.reading) for item in drawn}
         held["kid"] |= kid or {}
-        write_atomic(self.file, json.dumps(held, ensure_ascii=False))
+        stored.write(self.file, held)
         return held
-
-
-def reading_to_json(reading: Reading) -> dict[str, Any]:
-    """What the oracle reads."""
-    return {"objects": reading.present(), "styles": reading.styles, "background": reading.background}
-
-
-def reading_of(shows: Mapping[str, Any]) -> Reading:
-    """The inverse of `reading_to_json`."""
-    return Reading(dict.fromkeys(PLACES, NONE) | shows["objects"], shows["styles"], shows["background"])
 
 
 def _key(prompt: Prompt) -> str:

@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--out",
         metavar="DIR",
         default="out/bench",
-        help="folder of the results, one JSON file each, of all experiments (default %(default)s)",
+        help="folder that results are written to, one JSON file each (default %(default)s); those in eval/results are found too",
     )
     parser.add_argument("--report", metavar="FILE", help="the report (default: FILE's name with .md, in that folder)")
     parser.set_defaults(edit=[])
@@ -42,6 +42,7 @@ def run(args: Namespace) -> dict[str, Any]:
     from eval.commands.evaluate import knows_world
     from eval.experiment import read
     from eval.rates import Painter
+    from eval.stored import found
     from toolkit.runs import check_writable, timed, write_atomic
     from toolkit.world.oracle import load_oracle
     from toolkit.world.scenes import load_world
@@ -60,6 +61,8 @@ def run(args: Namespace) -> dict[str, Any]:
     bench = Bench(world, model, painter, out)
     missing = [cell for cell in chosen if bench.missing(cell)]
     for i, cell in enumerate(missing):
+        if not bench.missing(cell):  # another section, or another process, has measured it meanwhile
+            continue
         with timed() as cost:
             bench.measure(cell)
         print(f"[{i + 1}/{len(missing)}] {cell.section}, {cell.name}: {cost.seconds:.0f} s", file=sys.stderr, flush=True)
@@ -68,7 +71,7 @@ def run(args: Namespace) -> dict[str, Any]:
     write_atomic(report, page.page())
     return {
         "report": str(report),
-        "results": [str(bench.file(result.cell)) for result in results],
+        "results": [str(found(bench.file(result.cell))) for result in results],
         "measured": len(missing),
         "of": len(cells),
         "missed": page.missed(),

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from eval.bench import Bench, from_json, to_json
+from eval.bench import Bench
 from eval.cells import Cell, plan
 from eval.commands import bench as command_module
 from eval.experiment import read
+from eval.stored import from_json, to_json
 from eval.subjects import PICTURES
 from tests.eval.experiments import ALONE, FILES, GROUP, LEARNER, smaller
 from tests.eval.images import Renderer, reading, shown, true_reading
@@ -98,6 +99,7 @@ def test_an_unnamed_style_is_the_same_prompt_without_it(cells: list[Cell]) -> No
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 OK = '[methods.uce]\n[[sections]]\ntitle = "one"\nobjects = ["dog"]\n'
+LEARN = OK.replace("uce", "textual_inversion").replace("objects", "subjects")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ OK = '[methods.uce]\n[[sections]]\ntitle = "one"\nobjects = ["dog"]\n'
         (OK.replace("[methods.uce]", "[methods.mine]\nlamb = 2"), "unknown method 'mine'"),
         (OK.replace("[[s", "lambda = 2\n[[s"), "unknown option of uce"),
         (OK.replace("uce", "textual_inversion"), "no method of the experiment can erase"),
-        (OK + 'styles = ["noto"]', "needs one of objects, styles and subjects"),
+        (OK + 'styles = ["noto"]', "needs one of objects, styles, subjects"),
         (OK + 'methods = ["rece"]', "unknown method to erase"),
         (OK + 'ask = ["names"]', "did you mean name"),
         (OK + "templates = -1", "has -1 templates"),
@@ -120,7 +122,16 @@ OK = '[methods.uce]\n[[sections]]\ntitle = "one"\nobjects = ["dog"]\n'
         (OK + OK[OK.index("[[") :], "a name of its own"),
         (OK.replace("dog", "dgo"), "did you mean dog"),
         (OK.replace("dog", "noto"), "move it to styles"),
-        (OK.replace("uce", "textual_inversion").replace("objects", "subjects") + 'class_names = ["cat"]', "unknown subject"),
+        (LEARN + 'class_names = ["cat"]', "unknown subject"),
+        (LEARN, "0 class_names for 1 subjects"),
+        (OK + 'class_names = ["cat"]', "1 class_names for 1 objects"),
+        (LEARN.replace("subjects", "pairs") + 'class_names = ["cat"]', "needs two for each pair"),
+        (LEARN + 'class_names = ["cat"]\npictures = 2', "has 2 pictures"),
+        (LEARN + 'class_names = ["cat"]\nsize = 0.1', "more with against"),
+        (LEARN + 'class_names = ["cat"]\nagainst = "uce"', "unknown method in against"),
+        (OK + 'against = "uce"', "compares what is learnt"),
+        (LEARN.replace("\n", "\ngiven = { mask = true }\n", 1), "did you mean masks"),
+        (OK.replace("\n", "\ngiven = { masks = true }\n", 1), "learns from no pictures"),
     ],
 )
 def test_mistakes_in_the_file_are_told_in_one_line(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,8 +196,10 @@ def test_the_unedited_model_draws_once_for_all_cells(world: World, untrained: Or
 def test_an_image_without_pixels_reads_the_same(cells: list[Cell]) -> None:
     prompt = cells[0].asked["name"][0][0]
     item = shown(prompt, reading({"left": "dog", "right": "cat"}, "twemoji", "none"))
-    back = from_json(json.loads(json.dumps(to_json(item))))
-    assert (back.prompt, back.reading) == (item.prompt, item.reading)
+    same, other = shown(prompt), shown(replace(prompt, text="a noto <pal>", words=("<pal>",)))
+    for after in (item, same, other):
+        back = from_json(json.loads(json.dumps(to_json(item, after))))
+        assert [(one.prompt, one.reading) for one in back] == [(one.prompt, one.reading) for one in (item, after)]
 
 
 TWO = """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from eval.bench_bars import Row, rows
 from eval.bench_page import Report, described
-from eval.bench_results import Costs, Measured, Row, rows, still_drawn
+from eval.bench_results import Costs, Measured, still_drawn
 from eval.cells import Cell, plan
 from eval.experiment import read
 from eval.prompts import Prompt
