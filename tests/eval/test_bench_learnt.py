@@ -161,7 +161,7 @@ def test_results_that_the_project_keeps_are_found(
 
 # --- the report -------------------------------------------------------------------------------------------------------
 def test_perfect_learners_meet_every_bar(experiment: Experiment, learners: list[Cell]) -> None:
-    sizes = {"cones": 100, "custom_diffusion-compressed": 900}
+    sizes = {"cones": 100, "custom_diffusion-compressed": 800}
     made = Report(experiment, learners, [measured(cell, right, sizes.get(cell.method, 4096)) for cell in learners], "c", "m", READ_BY)
     text = made.page()
     assert not made.missed() and "{" not in text[: text.index("## One by one")] and "not measured here" not in text
