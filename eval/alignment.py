@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,22 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from eval.intervals import Estimate, mean, rate
 from eval.rates import version
-from toolkit.errors import UserError
-from toolkit.images import to_pil
+from toolkit import clip as clips
+from toolkit.clip import METRIC_CLIP
 from toolkit.runs import seeded
 from toolkit.world.captions import caption
-from toolkit.world.oracle import as_pixels
-from toolkit.world.scenes import ASSETS, World, random_scene
+from toolkit.world.scenes import World, random_scene
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
 
-METRIC_CLIP = ASSETS / "metric-clip"
 AMONG = 64  # captions that one render is matched with
 
 
@@ -68,55 +64,24 @@ class Clip:
 
 @lru_cache(maxsize=1)
 def load_metric_clip(folder: Path = METRIC_CLIP) -> Clip:
-    """The CLIP that ships with the project. It knows the embedded world only; its seed is not the text encoder's."""
-    from transformers import CLIPTokenizer
-
-    from trainers.world.clip import build_clip
-
-    if not (folder / "open_clip_config.json").is_file():
-        raise UserError(f"no metric CLIP in {folder}; install the project with its assets, or give another with --clip")
-    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-    clip = build_clip(config)
-    clip.load_state_dict({name: value.float() for name, value in load_file(folder / "open_clip_model.safetensors").items()})
-    return world_clip(clip, CLIPTokenizer.from_pretrained(folder))
+    """The CLIP that ships with the project: see `toolkit.clip`."""
+    return _measuring(clips.load_metric_clip(folder), model=clips.METRIC)
 
 
 def world_clip(clip: CLIP, tokenizer: Any) -> Clip:
-    """An open_clip model of the embedded world with its tokenizer. Its images are 64 pixels in [-1, 1].
-
-    Texts are cut at 77 tokens, as open_clip does.
-    """
-    from trainers.world.clip import encode_text
-
-    clip.eval().requires_grad_(False)
-
-    def text(texts: Sequence[str]) -> Tensor:
-        ids = tokenizer(list(texts), padding=True, truncation=True, max_length=clip.context_length, return_tensors="pt")["input_ids"]
-        return encode_text(clip, ids)
-
-    return Clip(lambda images: clip.encode_image(as_pixels(images)), text, {"model": "metric-clip", "version": version(clip)})
+    """An open_clip model of the embedded world with its tokenizer: see `toolkit.clip`."""
+    return _measuring(clips.world_clip(clip, tokenizer), model=clips.METRIC)
 
 
 def load_open_clip(source: str) -> Clip:
-    """A CLIP by the name that open_clip gives it, e.g. "hf-hub:owner/name" or "local-dir:/folder". Failing is a UserError."""
+    """A CLIP by the name that open_clip gives it: see `toolkit.clip`."""
     import open_clip
 
-    made: Any
-    try:
-        made = open_clip.create_model_from_pretrained(source)
-        tokenize = open_clip.get_tokenizer(source)
-    except Exception as error:
-        raise UserError(f"cannot load the CLIP {source!r} ({error}); give hf-hub:OWNER/NAME or local-dir:FOLDER") from error
-    model, preprocess = made
-    model.eval().requires_grad_(False)
+    return _measuring(clips.load_open_clip(source), model=source, library=f"open_clip {open_clip.__version__}")
 
-    def images(pixels: Tensor) -> Tensor:
-        return model.encode_image(torch.stack([preprocess(image) for image in to_pil(pixels)]))
 
-    def text(texts: Sequence[str]) -> Tensor:
-        return model.encode_text(tokenize(list(texts)))
-
-    return Clip(images, text, {"model": source, "library": f"open_clip {open_clip.__version__}", "version": version(model)})
+def _measuring(encoders: clips.ClipEncoders, **said: str) -> Clip:
+    return Clip(encoders.encode_images, encoders.encode_text, {**said, "version": version(encoders.module)})
 
 
 def world_pairs(world: World, n: int, seed: int = 0) -> tuple[Tensor, list[str]]:

@@ -10,13 +10,15 @@ Equation
     w_r(p) = weight_r m_r(p), where m_r is the region's mask; w_0(p) = 1 - max_r m_r(p).
 Shapes
     q: [n, T, heads * d] for T places, K_r and V_r: [L, heads * d]. The queries are made once for the whole image, K_r and V_r once for
-    all steps, since they depend on neither image nor timestep. R regions add one attention of R times the queries to a layer.
+    all steps, since they depend on neither image nor timestep. R regions add one attention to a layer, of R times the queries of the
+    largest region's places.
 Defaults
     weight 1 for each region: where they overlap, the mean.
 Deviations
-    A box is no crop: all places of a layer attend, and the mask chooses, so that masks of any shape are possible. The printed weights
+    A region has the places where its mask is above 0, and may have any shape, where the paper crops a box. The printed weights
     divide by the number of overlapping regions and sum to 1 at once; this is the plain weighted mean. A region reads its own prompt
-    alone, where the paper adds the encoded base prompt to it.
+    alone, where the paper adds the encoded base prompt to it: the sum is twice as long as what layers were trained to read. `encode` can
+    do it.
 """
 
 from __future__ import annotations
@@ -111,18 +113,32 @@ class Read:
     values: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Inside:
+    """The places that regions have a share in, at one grid. w is w_r(p) / sum_r w_r(p) of the equation.
+
+    places: [regions, k], their numbers, as many for each as for the largest one. shares: w there, [regions, 1, k, 1], 0 where a region has
+    none. rest: [T, 1], what is left to the background.
+    """
+
+    places: Tensor
+    shares: Tensor
+    rest: Tensor
+
+
 class Regional(Hook):
     """Regions at work in a denoiser's cross-attention; see `regional`. As a hook it is told by the sampler what a batch reads."""
 
     def __init__(self, model: Model, regions: Sequence[Region], encode: Callable[[list[str]], Tensor]) -> None:
         self._model, self._regions = model, regions
         self._sites: dict[str, Any] = model.arch.cross_attention_sites()
-        self._prompts = self._read({number: encode([region.prompt]) for number, region in enumerate(regions)})
+        hidden = encode([region.prompt for region in regions])
+        self._prompts = self._read({number: hidden[number : number + 1] for number in range(len(regions))})
         self._others: tuple[Tensor, Read] | None = None
         self._told: tuple[list[Read | None], int] | None = None
         self._queries: dict[str, Tensor] = {}
         self._latent: tuple[int, int] = (0, 0)
-        self._shares: dict[int, Tensor] = {}  # by the number of places
+        self._insides: dict[tuple[int, ...], Inside] = {}  # by the number of places, and which regions
 
     def on_prompt(self, state: State) -> None:
         self.tell([None if name == "prompt" else text.hidden for name, text in state.texts.items()], len(state.prompts))
@@ -168,7 +184,7 @@ class Regional(Hook):
             raise UserError("regions are on, and the sampler does not know them; give it what `regional` yields, as in hooks=[regions]")
         rows, columns = given[0].shape[-2:]
         if (rows, columns) != self._latent:
-            self._latent, self._shares = (rows, columns), {}
+            self._latent, self._insides = (rows, columns), {}
 
     def _note(self, site: str, layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
         self._queries[site] = output
@@ -190,23 +206,32 @@ class Regional(Hook):
         attention, (count, places) = self._sites[site], background.shape[:2]
         key, value = (x[site].to(query) for x in (read.keys, read.values))
         regions, texts = key.shape[:2]
-        asked = _heads(attention, query.reshape(texts, -1, query.shape[-1])).expand(regions, -1, -1, -1, -1)
-        seen = F.scaled_dot_product_attention(asked.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), scale=attention.scale)
-        seen = seen.transpose(1, 2).reshape(regions, count, places, -1)
-        share = self._share(places, background.device)
-        others = [number for number in range(len(self._regions)) if number not in read.numbers]
-        rest = share[0] + share[1:][others].sum(0)  # 1 exactly where none of these regions is
-        return rest * background + (share[1:][read.numbers][:, None] * seen).sum(0)
+        inside = self._inside(places, read.numbers, background.device)
+        asked = query[:, inside.places].transpose(0, 1).reshape(regions, texts, -1, query.shape[-1])  # of the regions' own places
+        asked = _heads(attention, asked).flatten(0, 1)
+        seen = F.scaled_dot_product_attention(asked, key.flatten(0, 1), value.flatten(0, 1), scale=attention.scale)
+        seen = seen.transpose(1, 2).reshape(regions, count, -1, query.shape[-1])
+        mixed = inside.rest * background
+        for where, part in zip(inside.places, inside.shares * seen, strict=True):  # one by one, so that sums have an order on any device
+            mixed.index_add_(1, where, part.to(mixed))
+        return mixed
 
-    def _share(self, places: int, device: torch.device) -> Tensor:
-        """w_r(p) / sum_r w_r(p): [1 + R, T, 1], the background's first. It is exactly 1 where no region is."""
-        if places not in self._shares:
+    def _inside(self, places: int, numbers: list[int], device: torch.device) -> Inside:
+        """Where these regions are at the grid of so many places; the others' share is the background's."""
+        if (places, *numbers) not in self._insides:
             grid = grid_of(places, self._latent)
             masks = torch.stack([region.share(grid, self._latent) for region in self._regions]).flatten(1)
             weights = torch.tensor([region.weight for region in self._regions])[:, None]
             share = torch.cat([(1 - masks.amax(0, keepdim=True)).clamp(min=0), weights * masks])
-            self._shares[places] = (share / share.sum(0))[..., None].to(device)
-        return self._shares[places]
+            share = share / share.sum(0)
+            others = [1 + number for number in range(len(self._regions)) if number not in numbers]
+            rest, own = share[0] + share[others].sum(0), share[1:][numbers]  # rest is 1 exactly where none of these regions is
+            most = int((own > 0).sum(1).max())
+            # A smaller region asks at some other places too, where its share is 0.
+            chosen = torch.argsort((own > 0).byte(), dim=1, descending=True, stable=True)[:, :most]
+            shares = own.gather(1, chosen)[:, None, :, None]
+            self._insides[places, *numbers] = Inside(chosen.to(device), shares.to(device), rest[:, None].to(device))
+        return self._insides[places, *numbers]
 
 
 @contextmanager

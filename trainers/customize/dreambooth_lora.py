@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -73,12 +73,16 @@ class DreamBoothLora(Preserving):
         subjects = self.subjects(task)
         encoders = model.arch.encoder_lora_targets() if self.train_text_encoder else {}
         targets = {**adapted(model.arch, self.layers), **encoders}
-        pictures = Photos.of(model.arch, subjects, self, TEMPLATES, named)
         weights = LoraWeights(targets, self.rank, alpha=self.lora_alpha, seed=self.seed)
-        text = Prompts(model.arch, self.cache, grad=self.train_text_encoder)
-        denoising = PreservedDenoising(model, weights, text, self, subjects, pictures)
+        learning = self.learning(model, weights, subjects)
         with weights:
-            yield denoising, weights.edit
+            yield learning, weights.edit
+
+    def learning(self, model: Model, weights: LoraWeights, subjects: Sequence[Subject]) -> Objective:
+        """The loss. The weights act in the model while they are trained."""
+        pictures = Photos.of(model.arch, subjects, self, TEMPLATES, named)
+        text = Prompts(model.arch, self.cache, grad=self.train_text_encoder)
+        return PreservedDenoising(model, weights, text, self, subjects, pictures)
 
     @classmethod
     def example_task(cls, model: Model) -> CustomizeTask:

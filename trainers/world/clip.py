@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from toolkit.clip import build_clip
 from toolkit.runs import TrainingRun
 from toolkit.world.captions import caption
 from toolkit.world.scenes import BACKGROUNDS, Scene, World, allowed, load_world, pick
@@ -38,12 +38,6 @@ def clip_config(vocab_size: int) -> dict[str, Any]:
         "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 20, "head_width": 64},
         "text_cfg": {"context_length": CONTEXT, "vocab_size": vocab_size, "width": WIDTH, "heads": HEADS, "layers": LAYERS},
     }
-
-
-def build_clip(config: dict[str, Any]) -> CLIP:
-    """A fresh open_clip model."""
-    vision = {**config["vision_cfg"], "layers": tuple(config["vision_cfg"]["layers"])}
-    return CLIP(config["embed_dim"], CLIPVisionCfg(**vision), CLIPTextCfg(**config["text_cfg"]))
 
 
 def encode_text(clip: Any, ids: Tensor) -> Tensor:
