@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from toolkit.model import Model
@@ -136,3 +136,24 @@ class Edit(ABC):
 
     def leave(self, model: Model, state: Any) -> None:
         """Undo `enter` exactly. Called in the reverse order of the enters."""
+
+
+class Words(Edit, ABC):
+    """Base of the kinds that are new words: their sites are what the file holds, rows by token."""
+
+    def sites(self) -> list[str]:
+        return list(self.tensors())
+
+    def delta(self, site: str) -> Tensor:
+        rows = self.tensors()
+        if site not in rows:
+            raise unknown("site", site, rows)
+        return rows[site].float()
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return TEXT_ENCODERS
+
+    @property
+    def writes(self) -> frozenset[str]:
+        return frozenset({"tokens"})

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.edits.base import TEXT_ENCODERS, Edit, EditInfo, frozen
+from toolkit.edits.base import EditInfo, Words, frozen
 from toolkit.edits.token import TokenEdit
-from toolkit.errors import UserError, unknown
+from toolkit.errors import UserError
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
@@ -24,7 +24,7 @@ Rows = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True, eq=False)
-class LayerTokenEdit(Edit):
+class LayerTokenEdit(Words):
     """New words with embedding rows for each cross-attention: the space P+ (Voynov et al., arXiv 2303.09522).
 
     tokens: word -> component -> site of `Architecture.cross_attention_sites` -> rows [k, d]; all sites of the model, with one k.
@@ -87,23 +87,6 @@ class LayerTokenEdit(Edit):
                 raise UserError(f"layer_token edit has a tensor {key!r} that names no token and layer; fit or download it again")
             tokens.setdefault(token, {}).setdefault(component, {})[site] = rows
         return cls(info, tokens)
-
-    def sites(self) -> list[str]:
-        return list(self.tensors())
-
-    def delta(self, site: str) -> Tensor:
-        rows = self.tensors()
-        if site not in rows:
-            raise unknown("site", site, rows)
-        return rows[site].float()
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return TEXT_ENCODERS
-
-    @property
-    def writes(self) -> frozenset[str]:
-        return frozenset({"tokens"})
 
     def enter(self, model: Model, scale: float = 1.0) -> tuple[Any, PerLayer]:
         """Extend tokenizers and embeddings, and listen. Nothing is changed when it raises."""

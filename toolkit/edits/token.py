@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from toolkit.edits.base import TEXT_ENCODERS, Edit, EditInfo, frozen
+from toolkit.edits.base import EditInfo, Words, frozen
 from toolkit.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def vector_names(token: str, count: int) -> list[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenEdit(Edit):
+class TokenEdit(Words):
     """New words with their own embedding rows.
 
     tokens: word -> component -> rows [k, d]; k > 1 spells the word with several vectors in a row.
@@ -66,23 +66,6 @@ class TokenEdit(Edit):
                 raise UserError(f"token edit has a tensor {key!r} that names no token; fit or download it again")
             tokens.setdefault(token, {})[component] = rows
         return cls(info, tokens)
-
-    def sites(self) -> list[str]:
-        return list(self.tensors())
-
-    def delta(self, site: str) -> Tensor:
-        rows = self.tensors()
-        if site not in rows:
-            raise unknown("site", site, rows)
-        return rows[site].float()
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return TEXT_ENCODERS
-
-    @property
-    def writes(self) -> frozenset[str]:
-        return frozenset({"tokens"})
 
     def enter(self, model: Model, scale: float = 1.0) -> dict[str, tuple[Any, nn.Module]]:
         """Extend tokenizers and embeddings. Returns the old ones by component. Nothing is changed when it raises."""
