@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from pipelines.attention.control import Word, controlled, controlled_probabiliti
 from pipelines.attention.regional import Region, regional
 from pipelines.multi_concept import MultiConceptPipeline
 from pipelines.multi_concept_xl import MultiConceptXLPipeline
+from tests.pipelines.layers import layers_seen
 from toolkit.arch.flux import Flux
 from toolkit.arch.sd import SD
 from toolkit.arch.sdxl import SDXL
@@ -34,24 +33,6 @@ def predicted(model: Model, text: Text) -> Tensor:
     x = torch.randn(1, *model.arch.latent_shape(model.arch.image_size, model.arch.image_size), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return model.arch.predict(x.repeat(len(text), 1, 1, 1), torch.full((len(text),), 500), text)
-
-
-@contextmanager
-def layers_seen(model: Model) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
-    """Of each cross-attention: what it was given of image and text, and what it gave."""
-    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    handles = []
-    for site, attention in model.arch.cross_attention_sites().items():
-
-        def note(module: Any, given: Any, named: dict[str, Any], output: Tensor, site: str = site) -> None:
-            seen[site] = given[0], named["encoder_hidden_states"], output
-
-        handles.append(attention.register_forward_hook(note, with_kwargs=True))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @FAMILIES

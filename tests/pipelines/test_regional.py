@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.attention.regional import Region, Regional, regional
+from tests.pipelines.layers import layers_seen
 from toolkit.arch.flux import Flux
 from toolkit.arch.sd import SD
 from toolkit.arch.sdxl import SDXL
@@ -69,24 +70,6 @@ def told(model: Model, regions: list[Region], *conditions: Tensor | None) -> Ite
     with regional(model, regions) as acting:
         acting.tell(conditions or (None,), 1)
         yield acting
-
-
-@contextmanager
-def layers_seen(model: Model) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
-    """Of each cross-attention: what it was given of image and text, and what it gave."""
-    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    handles = []
-    for site, attention in model.arch.cross_attention_sites().items():
-
-        def note(module: Any, given: Any, named: dict[str, Any], output: Tensor, site: str = site) -> None:
-            seen[site] = given[0], named["encoder_hidden_states"], output
-
-        handles.append(attention.register_forward_hook(note, with_kwargs=True))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def shares(regions: list[Region], places: int) -> Tensor:
