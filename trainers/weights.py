@@ -144,7 +144,7 @@ class WordsAndWeights(Trainable):
     weights, None is nothing.
     """
 
-    def __init__(self, rows: TokenRows, weights: FullWeights, finish: Callable[[Delta], Edit] | None = None) -> None:
+    def __init__(self, rows: TokenRows, weights: FullWeights | LoraWeights, finish: Callable[[Delta], Edit] | None = None) -> None:
         super().__init__()
         self.rows, self.weights, self._finish = rows, weights, finish
 
@@ -156,11 +156,13 @@ class WordsAndWeights(Trainable):
 
     def edit(self, info: EditInfo) -> Edit:
         """The words, then the change of the weights, where there are some."""
-        if not len(self.weights.copies):
+        if not any(True for _ in self.weights.parameters()):
             return self.rows.edit(info)
         part = replace(info, on=(), triggers=(), config={}, notes={})
         change = self.weights.edit(part)
-        return Chain.of([self.rows.edit(part), self._finish(change) if self._finish else change], info=info)
+        if self._finish and isinstance(change, Delta):
+            change = self._finish(change)
+        return Chain.of([self.rows.edit(part), change], info=info)
 
 
 class WithAuxiliary(Trainable):

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from toolkit.concepts import Concept, CustomizeTask, EraseTask, Subject
+from toolkit.edits.chain import Chain
 from toolkit.edits.low_rank import LowRank
+from toolkit.edits.token import TokenEdit
 from toolkit.errors import UserError
 from toolkit.io.export import export
 from toolkit.model import Model
@@ -55,6 +57,23 @@ def test_what_is_trained(tiny: Model, task: CustomizeTask) -> None:
     assert set(both.up) == {*edit.up, *encoder}
     assert len(encoder) == 2 * 4 and all(site.startswith("text_encoder.") for site in encoder)
     assert all(both.up[site].abs().max() > 0 for site in encoder)
+
+
+def test_words_are_learnt_with_the_change(tiny: Model, task: CustomizeTask) -> None:
+    images = task.subjects[0].images
+    two = CustomizeTask((Subject("<toy>", "cat", images[:1]), Subject("<pal>", "dog", images[1:])))
+    first, second = (
+        DreamBoothLora(num_vectors=2, rank=2, max_train_steps=steps, train_batch_size=4, learning_rate=0.01).fit(tiny, two)
+        for steps in (1, 3)
+    )
+    assert isinstance(first, Chain) and isinstance(second, Chain)
+    (start, _), (words, change) = first.edits, second.edits
+    assert isinstance(start, TokenEdit) and isinstance(words, TokenEdit) and isinstance(change, LowRank)
+    assert second.info.triggers == ("<toy>", "<pal>") and set(change.up) == set(tiny.arch.lora_targets())
+    for token, rows in words.tokens.items():
+        assert all(len(row) == 2 and (row - start.tokens[token][part]).abs().amin(1).max() > 0 for part, row in rows.items())
+    with pytest.raises(UserError, match="cache disk with num_vectors"):
+        DreamBoothLora(num_vectors=1, cache="disk")
 
 
 def test_alpha_scales_the_change(tiny: Model, task: CustomizeTask) -> None:

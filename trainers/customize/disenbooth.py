@@ -15,8 +15,8 @@ from toolkit.method import option
 from trainers.customize.dreambooth_lora import DreamBoothLora
 from trainers.image_features import CLIP, features_of, two_layers
 from trainers.preservation import PreservedDenoising
-from trainers.subjects import Photos, Prompts, Samples, named
-from trainers.weights import LoraWeights, WithAuxiliary
+from trainers.subjects import Photos, Samples, named
+from trainers.weights import Trainable, WithAuxiliary
 
 if TYPE_CHECKING:
     from toolkit.model import Model
@@ -69,7 +69,7 @@ class DisenBooth(DreamBoothLora):
         super().__post_init__()
         self.at_least(0, "weak_weight", "contrast_weight")
 
-    def learning(self, model: Model, weights: LoraWeights, subjects: Sequence[Subject]) -> Disentangling:
+    def learning(self, model: Model, weights: Trainable, subjects: Sequence[Subject]) -> Disentangling:
         pictures = Photos.of(model.arch, subjects, self, TEMPLATES, named)
         features = features_of(model, pictures, self.clip)
         adapter = ImageAdapter(features.shape[1], model.arch.encode([""]).hidden.shape[-1], self.seed).to(model.arch.device)
@@ -96,15 +96,14 @@ class Disentangling(PreservedDenoising):
     def __init__(
         self,
         model: Model,
-        weights: LoraWeights,
+        weights: Trainable,
         adapter: ImageAdapter,
         features: Tensor,
         method: DisenBooth,
         subjects: Sequence[Subject],
         pictures: Photos,
     ) -> None:
-        text = Prompts(model.arch, method.cache, grad=method.train_text_encoder)
-        super().__init__(model, WithAuxiliary(weights, adapter), text, method, subjects, pictures)
+        super().__init__(model, WithAuxiliary(weights, adapter), method.text(model), method, subjects, pictures)
         self.adapter, self.features, self.disentangling = adapter, features, method
 
     def learnt(self, samples: Samples, output: Tensor) -> Tensor:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from toolkit.concepts import CustomizeTask, Subject, Task
 from toolkit.errors import UserError
 from toolkit.method import option
+from toolkit.prompt_search import TokenRows
 from toolkit.world.scenes import ASSETS
 from trainers.loop import Objective
 from trainers.preservation import PreservedDenoising, Preserving
 from trainers.subjects import Photos, Prompts, named
-from trainers.weights import Layer, LoraWeights
+from trainers.weights import Layer, LoraWeights, Trainable, WordsAndWeights
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
@@ -47,7 +48,9 @@ class DreamBoothLora(Preserving):
 
     Deviations
         The paper trains every weight; layers "all" is nearest to that. prior "prediction" needs no pictures of
-        the class: it keeps what the model predicts at the subject's pictures for the class name. A picture's own caption is used when
+        the class: it keeps what the model predicts at the subject's pictures for the class name. With num_vectors the word has
+        embeddings of its own, which start at the class name's and are learnt with the change at the same step size (pivotal tuning, as in
+        diffusers' train_dreambooth_lora_sd15_advanced.py); the edit is then a chain of the two. A picture's own caption is used when
         it has one, which should have the word in it; else a template with the word and the class. The posterior's mean is encoded,
         once, not a new sample in every step. Timesteps are stratified over the batch by default: each is still uniform. With masks the
         error counts on the subject only.
@@ -57,6 +60,7 @@ class DreamBoothLora(Preserving):
     rank: int = option(4, "rank of the change of each layer")
     lora_alpha: float | None = option(None, "scale of the change is this divided by the rank; none is the rank")
     train_text_encoder: bool = option(False, "adapt the text encoders too")
+    num_vectors: int = option(0, "embedding vectors of the word, which are learnt with the change; 0: tokens that are there spell it")
     learning_rate: float = option(1e-4, "step size")
 
     architectures: ClassVar = ("sd", "sdxl")
@@ -65,24 +69,35 @@ class DreamBoothLora(Preserving):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "rank")
-        if self.train_text_encoder and self.cache == "disk":
-            raise UserError("cache disk with train_text_encoder: prompts change as it learns, and cannot be kept; set cache to memory")
+        self.at_least(0, "num_vectors")
+        if (self.train_text_encoder or self.num_vectors) and self.cache == "disk":
+            what = "train_text_encoder" if self.train_text_encoder else "num_vectors"
+            raise UserError(f"cache disk with {what}: prompts change as it learns, and cannot be kept; set cache to memory")
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
         subjects = self.subjects(task)
         encoders = model.arch.encoder_lora_targets() if self.train_text_encoder else {}
         targets = {**adapted(model.arch, self.layers), **encoders}
-        weights = LoraWeights(targets, self.rank, alpha=self.lora_alpha, seed=self.seed)
-        learning = self.learning(model, weights, subjects)
-        with weights:
+        lora = LoraWeights(targets, self.rank, alpha=self.lora_alpha, seed=self.seed)
+        with ExitStack() as stack:
+            weights: Trainable = lora
+            if self.num_vectors:
+                start = {subject.token: subject.class_name for subject in subjects}
+                rows = TokenRows(model, start, vectors=self.num_vectors, seed=self.seed)
+                weights = WordsAndWeights(stack.enter_context(rows.unlisted()), lora)
+            learning = self.learning(model, weights, subjects)
+            stack.enter_context(weights)
             yield learning, weights.edit
 
-    def learning(self, model: Model, weights: LoraWeights, subjects: Sequence[Subject]) -> Objective:
+    def learning(self, model: Model, weights: Trainable, subjects: Sequence[Subject]) -> Objective:
         """The loss. The weights act in the model while they are trained."""
         pictures = Photos.of(model.arch, subjects, self, TEMPLATES, named)
-        text = Prompts(model.arch, self.cache, grad=self.train_text_encoder)
-        return PreservedDenoising(model, weights, text, self, subjects, pictures)
+        return PreservedDenoising(model, weights, self.text(model), self, subjects, pictures)
+
+    def text(self, model: Model) -> Prompts:
+        """Encoded prompts, with the graph where what encodes them is trained."""
+        return Prompts(model.arch, self.cache, grad=self.train_text_encoder or self.num_vectors > 0)
 
     @classmethod
     def example_task(cls, model: Model) -> CustomizeTask:
