@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.intervals import Estimate, mean, rate
+from eval.intervals import Estimate, rate
+from eval.metrics.base import accelerator
 from eval.rates import version
 from toolkit import clip as clips
 from toolkit.clip import METRIC_CLIP
+from toolkit.errors import UserError
 from toolkit.runs import seeded
 from toolkit.world.captions import caption
 from toolkit.world.scenes import World, random_scene
@@ -47,10 +49,6 @@ class Clip:
         table = F.normalize(torch.cat(parts).float(), dim=-1)
         return (features * table[[unique.index(text) for text in texts]]).sum(-1)
 
-    def clip_t(self, images: Tensor, texts: Sequence[str]) -> Estimate:
-        """The mean cosine of images and their prompts, clustered by prompt."""
-        return mean(self.similarity(images, texts).tolist(), texts)
-
     @torch.no_grad()
     def top1(self, images: Tensor, texts: Sequence[str], among: int = AMONG) -> Estimate:
         """How often an image's own text is the most similar of `among` (the texts of its group; the last may be smaller)."""
@@ -58,7 +56,7 @@ class Clip:
         for i in range(0, len(texts), among):
             shown = F.normalize(self.encode_images(images[i : i + among]).float(), dim=-1)
             said = F.normalize(self.encode_text(texts[i : i + among]).float(), dim=-1)
-            right += ((shown @ said.T).argmax(1) == torch.arange(len(shown))).tolist()
+            right += ((shown @ said.T).argmax(1).cpu() == torch.arange(len(shown))).tolist()
         return rate(right)
 
 
@@ -73,15 +71,29 @@ def world_clip(clip: CLIP, tokenizer: Any) -> Clip:
     return _measuring(clips.world_clip(clip, tokenizer), model=clips.METRIC)
 
 
-def load_open_clip(source: str) -> Clip:
+@lru_cache(maxsize=2)
+def load_open_clip(source: str, weights: str | None = None) -> Clip:
     """A CLIP by the name that open_clip gives it: see `toolkit.clip`."""
     import open_clip
 
-    return _measuring(clips.load_open_clip(source), model=source, library=f"open_clip {open_clip.__version__}")
+    loaded = clips.load_open_clip(source, weights, accelerator())
+    return _measuring(loaded, model=source, **({"weights": weights} if weights else {}), library=f"open_clip {open_clip.__version__}")
+
+
+def load_clip(source: str | None = None, weights: str | None = None) -> Clip:
+    """The embedded world's own CLIP ("metric-clip", or None), or one of open_clip's."""
+    if source not in (None, clips.METRIC):
+        return load_open_clip(source, weights)
+    if weights:
+        raise UserError(
+            f"{clips.METRIC} has its own weights, and {weights!r} was given; leave the weights out, or say which CLIP they are of"
+        )
+    return load_metric_clip()
 
 
 def _measuring(encoders: clips.ClipEncoders, **said: str) -> Clip:
-    return Clip(encoders.encode_images, encoders.encode_text, {**said, "version": version(encoders.module)})
+    measured_by = {**said, "version": version(encoders.module), "preprocessing": encoders.preprocessing}
+    return Clip(encoders.encode_images, encoders.encode_text, measured_by)
 
 
 def world_pairs(world: World, n: int, seed: int = 0) -> tuple[Tensor, list[str]]:

@@ -7,6 +7,7 @@ values compare only with each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +34,24 @@ def polynomial_mmd(x: Tensor, y: Tensor) -> Estimate:
     total, rows = h.sum(), h.sum(1)
     left_out = (total - 2 * rows) / ((n - 1) * (n - 2))
     return jackknife(float(total / (n * (n - 1))), left_out.tolist())
+
+
+def unpaired_mmd(x: Tensor, y: Tensor) -> Estimate:
+    """The unbiased MMD^2 of features x [n, d] and y [m, d], with the normal interval of both samples' jackknifes."""
+    (n, d), m = x.shape, len(y)
+    if min(n, m) < 3:
+        return NOTHING
+    x, y = x.double(), y.double()
+    xx, yy, xy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    value, half = -2 * float(xy.mean()), 0.0
+    for own, across in ((xx, xy), (yy, xy.T)):
+        k, (_, others) = len(own), across.shape
+        own = own.fill_diagonal_(0)
+        total, rows = own.sum(), own.sum(1)
+        value += float(total / (k * (k - 1)))
+        left_out = (total - 2 * rows) / ((k - 1) * (k - 2)) - 2 * (across.sum() - across.sum(1)) / ((k - 1) * others)
+        half = math.hypot(half, jackknife(0.0, left_out.tolist()).high)  # the samples are independent: variances add up
+    return Estimate(value, value - half, value + half, n)
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eval import prompts as make
-from eval.alignment import Clip
 from eval.fidelity import oracle_kid
 from eval.intervals import Estimate
+from eval.metrics.base import Measured, Metric
+from eval.metrics.harmonic import harmonic_mean
 from eval.prompts import Prompt, Target
 from eval.rates import (
     DRAWN_WELL,
@@ -55,8 +56,9 @@ class Report:
 class Suite:
     """Measures `model` against `base`, the same model without its edits.
 
-    n: images per erased concept; eight times as many for everything else. clip and kid: what is measured besides the
-    rates; no clip measures no alignment.
+    n: images per erased concept; eight times as many for everything else. metrics and kid: what is measured besides the
+    rates, the former on the images of everything else (and of what is erased, where a metric wants both), the latter on what is
+    drawn instead.
     """
 
     world: World
@@ -65,9 +67,10 @@ class Suite:
     base: Model
     n: int = 64
     seed: int = 0
-    clip: Clip | None = None
+    metrics: tuple[Metric, ...] = ()
     kid: bool = True
     report: Report = field(default_factory=Report)
+    _of_target: tuple[list[Shown], list[Shown]] = field(default=([], []), repr=False)
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -106,6 +109,7 @@ class Suite:
             self.report.add("target_accuracy_worst", target_accuracy(groups[worst][1], erased), by, concept=worst)
         self._synonyms(counted, erased, by)
         self._instead(old, new, erased, anchor, by)
+        self._of_target = before, after
         return before, after
 
     def _by_name(self, target: Target) -> list[Prompt]:
@@ -171,6 +175,7 @@ class Suite:
         before, after = self.both(asked, "retained")
         if targets:
             self._compared(before, after, by)
+            self._harmonic(by)
         else:
             for label, test in (("accuracy", object_right), ("style_accuracy", style_right), ("background_accuracy", background_right)):
                 self.report.add(label, share(after, test), by)
@@ -178,9 +183,13 @@ class Suite:
                 self.report.per_concept[name] = {"role": "object", **share(items, object_right).as_json()}
             if self.edited:
                 self._compared(before, after, by)
-        if self.clip is not None:
-            first, second = (self._clip_t(side) for side in (before, after))
-            self.report.add("clip_t", second, self.clip.measured_by, **({"before": first.as_json()} if self.edited else {}))
+        for metric in self.metrics:
+            old_images, new_images = (
+                more + side if metric.on_target else side for more, side in zip(self._of_target, (before, after), strict=True)
+            )
+            new = measured(metric, new_images, old_images)
+            old = {"before": measured(metric, old_images).estimate.as_json()} if self.edited and not metric.needs_references else {}
+            self.report.metrics[metric.name()] = {**new.as_json(), **old}
         return before, after
 
     def _compared(self, before: list[Shown], after: list[Shown], by: dict[str, Any]) -> None:
@@ -195,10 +204,15 @@ class Suite:
         for name, estimate in result.per_object.items():
             self.report.per_concept.setdefault(name, {"role": "retained", **estimate.as_json()})
 
-    def _clip_t(self, shown: Sequence[Shown]) -> Estimate:
-        assert self.clip is not None
-        images = torch.stack([item.pixels for item in shown]).float() / 255
-        return self.clip.clip_t(images, [item.prompt.text for item in shown])
+    def _harmonic(self, by: dict[str, Any]) -> None:
+        """MACE's score of erasing and retaining, when both are measured; its generality is by synonyms that no method is given."""
+        found = self.report.metrics
+        failing = [found[name] for name in ("target_accuracy", "target_accuracy_held_back_synonyms") if name in found]
+        if "target_accuracy" in found and found["target_accuracy"]["n"] and found["retain_accuracy"]["n"]:
+            erased = [Estimate(1 - row["value"], 1 - row["high"], 1 - row["low"], row["n"]) for row in failing]
+            kept = Estimate(*(found["retain_accuracy"][key] for key in ("value", "low", "high", "n")))
+            terms = ["efficacy", "generality"][: len(erased)]
+            self.report.add("harmonic", harmonic_mean(*erased, kept), by, of=[*terms, "specificity"])
 
     # --- learnt -----------------------------------------------------------------------------------------------------
     def learned(self, token: str, name: str) -> list[Shown]:
@@ -215,6 +229,15 @@ class Suite:
         self.report.add(f"learned_background:{token}", share(shown, background_right), by)
         self.report.per_concept[name] = {"role": "learned", **accuracy.as_json()}
         return shown
+
+
+def measured(metric: Metric, shown: Sequence[Shown], beside: Sequence[Shown] = ()) -> Measured:
+    """A metric of these images. beside: what the unedited model draws, for a metric that compares with it."""
+    fresh = metric.fresh()
+    images, references = ([item.pixels.float() / 255 for item in side] for side in (shown, beside))
+    keys = [item.prompt.text for item in shown], [item.prompt.seed for item in shown]
+    fresh.update(torch.stack(images), *keys, torch.stack(references) if references else None)
+    return fresh.compute()
 
 
 def _of(shown: Sequence[Shown], names: set[str]) -> list[Shown]:

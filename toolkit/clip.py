@@ -33,13 +33,15 @@ class ClipEncoders:
     """The two halves of a CLIP, each with its own preprocessing.
 
     encode_images: [n, 3, h, w] in [0, 1] -> [n, d]. encode_places: the same -> [n, places, k], what the last layer of the image half
-    says of each place, before it is pooled. encode_text: n texts -> [n, d]. module: what has the weights.
+    says of each place, before it is pooled. encode_text: n texts -> [n, d]. module: what has the weights. preprocessing: what is done
+    to images, in words.
     """
 
     encode_images: Callable[[Tensor], Tensor]
     encode_places: Callable[[Tensor], Tensor]
     encode_text: Callable[[Sequence[str]], Tensor]
     module: Any
+    preprocessing: str
 
 
 @lru_cache(maxsize=1)
@@ -66,29 +68,43 @@ def world_clip(clip: CLIP, tokenizer: Any) -> ClipEncoders:
         ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=clip.context_length, return_tensors="pt")
         return clip.encode_text(ids["input_ids"])
 
-    return ClipEncoders(lambda images: clip.encode_image(as_pixels(images)), lambda images: places(clip, as_pixels(images)), text, clip)
+    def image(images: Tensor) -> Tensor:
+        return clip.encode_image(as_pixels(images))
+
+    return ClipEncoders(image, lambda images: places(clip, as_pixels(images)), text, clip, "64 pixels bilinear, in [-1, 1]")
 
 
-def load_open_clip(source: str) -> ClipEncoders:
-    """A CLIP by the name that open_clip gives it, e.g. "hf-hub:owner/name" or "local-dir:/folder". Failing is a UserError."""
+def load_open_clip(source: str, weights: str | None = None, device: str | torch.device = "cpu") -> ClipEncoders:
+    """A CLIP by the name that open_clip gives it. Failing is a UserError.
+
+    source: "hf-hub:owner/name" or "local-dir:/folder", or an architecture such as "ViT-L-14" with its weights: a tag of open_clip's
+    ("openai") or a file.
+    """
     import open_clip
 
+    if ":" in source and weights:
+        raise UserError(f"the CLIP {source!r} has its own weights, and {weights!r} was given too; leave the weights out")
     made: Any
     try:
-        made = open_clip.create_model_from_pretrained(source)
+        made = open_clip.create_model_from_pretrained(source, weights, device=device)
         tokenize = open_clip.get_tokenizer(source)
     except Exception as error:
-        raise UserError(f"cannot load the CLIP {source!r} ({error}); give hf-hub:OWNER/NAME or local-dir:FOLDER") from error
+        which = f"{source!r} with weights {weights!r}" if weights else repr(source)
+        ways = "hf-hub:OWNER/NAME, local-dir:FOLDER, or an architecture of open_clip and its weights"
+        raise UserError(f"cannot load the CLIP {which} ({error}); give {ways}") from error
     model, preprocess = made
     model.eval().requires_grad_(False)
 
     def prepared(pixels: Tensor) -> Tensor:
-        return torch.stack([preprocess(image) for image in to_pil(pixels)])
+        return torch.stack([preprocess(image) for image in to_pil(pixels)]).to(device)
 
     def text(texts: Sequence[str]) -> Tensor:
-        return model.encode_text(tokenize(list(texts)))
+        return model.encode_text(tokenize(list(texts)).to(device))
 
-    return ClipEncoders(lambda pixels: model.encode_image(prepared(pixels)), lambda pixels: places(model, prepared(pixels)), text, model)
+    said = ", ".join(f"{name} {value}" for name, value in open_clip.get_model_preprocess_cfg(model).items())
+    return ClipEncoders(
+        lambda pixels: model.encode_image(prepared(pixels)), lambda pixels: places(model, prepared(pixels)), text, model, said
+    )
 
 
 def clip_for(model: Model, source: str | None) -> ClipEncoders:

@@ -40,19 +40,20 @@ def run(args: Namespace) -> dict[str, Any]:
     Gives `edit`, `method`, `config`, the cost, `edit_bytes`, what the method notes (`notes`), and `ratios`: of each concept the part
     of every attribute with its interval, on images with other seeds than those that were counted while fitting.
     """
+    from eval.alignment import load_clip
     from eval.attributes import AttributeCounter
-    from eval.commands.evaluate import check_clip, open_clip
+    from eval.commands.evaluate import check_clip
     from toolkit.runs import check_writable, timed
 
     check_counts(args)
     method = open_method("debias", args.method, args.set)
-    clip = functools.cache(lambda: open_clip(args))
+    clip = functools.cache(lambda: load_clip(args.clip))
     attributes, contexts = tuple(args.attributes), templates(args)
     count = AttributeCounter(clip, attributes, contexts, args.n, args.seed, args.steps, args.guidance, args.batch_size)
     task = DebiasTask(concepts(args), attributes, count, tuple(args.ratios), tuple(args.preserve), contexts)
     out = check_writable(args.out)
     model = open_for(args, method)
-    check_clip(args, model)
+    check_clip(args.clip, model)
     with timed() as cost:
         edit = method.fit(model, task)
     fresh = dataclasses.replace(count, seed=args.seed + args.n)

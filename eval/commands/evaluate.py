@@ -6,21 +6,25 @@ import csv
 import io
 import warnings
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit import registry
 from toolkit.commands import add_model_arguments, check_counts, open_model, pairs
 from toolkit.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from eval.alignment import Clip
+    from torch import Tensor
+
+    from eval.metrics.base import Metric
     from eval.rates import Painter
     from eval.suites import Suite
     from toolkit.model import Model
 
 HELP = "measure what is erased, retained and learnt, with intervals"
-EXTRAS = ("kid", "clip_t")
-CHUNK = 256  # images held in memory at once when only their alignment is measured
+ON_WORLD, ON_PROMPTS = ("kid", "clip_t"), ("clip_t",)  # metrics besides the rates, and of prompts
+CHUNK = 256  # images held in memory at once when prompts are measured
 PROMPT_COLUMNS, SEED_COLUMNS = ("prompt", "text"), ("seed", "evaluation_seed", "sd_seed")
 
 
@@ -30,9 +34,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--erased", nargs="+", action="extend", default=[], metavar="C", help="objects, synonyms, weapon, or styles")
     parser.add_argument("--anchor", metavar="A", help="the object that should be drawn instead of what is erased")
     parser.add_argument("--learned", nargs="+", action="extend", default=[], metavar="TOKEN=CLASS", help="a token and its object")
-    parser.add_argument("--prompts", metavar="FILE", help="measure alignment on these: .txt (one a line) or .csv (column prompt)")
-    parser.add_argument("--metrics", nargs="+", default=EXTRAS, choices=EXTRAS, help="besides the rates (default: all)")
-    parser.add_argument("--clip", metavar="SOURCE", help="another CLIP for clip_t: hf-hub:OWNER/NAME or local-dir:FOLDER")
+    parser.add_argument("--prompts", metavar="FILE", help="measure the metrics on these: .txt (one a line) or .csv (column prompt)")
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="NAME", help=f"see: palimpsest metrics (default: {' '.join(ON_WORLD)}, or {ON_PROMPTS[0]})"
+    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="METRIC.K=V", help="options of the metrics")
+    parser.add_argument(
+        "--clip", metavar="SOURCE", help="another CLIP for every metric that has one: hf-hub:OWNER/NAME or local-dir:FOLDER"
+    )
     parser.add_argument("--n", type=int, help="images per erased or learnt concept (default 64), of the rest 8 N in all; or per prompt (1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default %(default)s)")
@@ -47,13 +56,13 @@ def run(args: Namespace) -> dict[str, Any]:
 
     check_counts(args)
     if args.prompts and (args.erased or args.learned):
-        raise UserError("--prompts measures alignment only, and --erased or --learned was given too; run evaluate once for each")
+        raise UserError("--prompts measures metrics only, and --erased or --learned was given too; run evaluate once for each")
     asked = read_prompts(args.prompts) if args.prompts else []
     args.n = args.n or (1 if asked else 64)
     out = check_writable(args.out) if args.out else None
     model = open_model(args)
     with timed() as cost:
-        result = alignment(args, model, asked) if asked else on_world(args, model, out)
+        result = on_prompts(args, model, asked) if asked else on_world(args, model, out)
     summary = {"model": args.model, "edits": args.edit, "n": args.n, "seed": args.seed, "seconds": cost.seconds}
     result = {**result, **summary}
     if out:
@@ -69,7 +78,7 @@ def on_world(args: Namespace, model: Model, out: Path | None) -> dict[str, Any]:
     from toolkit.world.scenes import load_world
 
     if not knows_world(model):
-        alone = f"{args.model} does not draw the embedded world, so only its alignment with given prompts can be measured"
+        alone = f"{args.model} does not draw the embedded world, so only metrics of given prompts can be measured"
         raise UserError(f"{alone}; give --prompts FILE and --clip SOURCE")
     world = load_world()
     targets = [resolve(world, word) for word in dict.fromkeys(args.erased)]
@@ -118,8 +127,12 @@ def make_suite(args: Namespace, model: Model) -> Suite:
     from eval.suites import Suite
     from toolkit.world.scenes import load_world
 
-    clip = open_clip(args) if "clip_t" in args.metrics else None
-    return Suite(load_world(), painter(args), model, comparison(args, model), args.n, args.seed, clip, "kid" in args.metrics)
+    names = args.metrics or ON_WORLD
+    metrics = open_metrics(args, model, [name for name in names if name != "kid"])  # oracle-KID is a part of the suite
+    suite = Suite(load_world(), painter(args), model, comparison(args, model), args.n, args.seed, tuple(metrics), "kid" in names)
+    if not suite.edited:
+        check_references(metrics)
+    return suite
 
 
 def comparison(args: Namespace, model: Model) -> Model:
@@ -140,40 +153,78 @@ def painter(args: Namespace) -> Painter:
     return Painter(load_oracle(), args.steps, guidance, args.batch_size)
 
 
-def check_clip(args: Namespace, model: Model) -> None:
-    """Whether the CLIP that `open_clip` gives knows what the model draws."""
-    if not args.clip and not knows_world(model):
-        raise UserError(f"{args.model} does not draw the embedded world, which the own CLIP knows only; give --clip SOURCE too")
+# --- metrics ----------------------------------------------------------------------------------------------------------
+def open_metrics(args: Namespace, model: Model, names: Sequence[str]) -> list[Metric]:
+    """The metrics with their options. What they measure with is loaded now, so that a mistake is told before anything is drawn."""
+    from eval.metrics.clip import ClipMetric
+
+    options: dict[str, dict[str, str]] = {name: {} for name in names}
+    for key, value in pairs(args.set, "--set").items():
+        name, _, option = key.partition(".")
+        if name not in options or not option:
+            raise UserError(
+                f"--set {key}={value} is for none of the metrics {', '.join(names)}; write METRIC.OPTION=VALUE with one of them"
+            )
+        options[name][option] = value
+    kinds = {name: registry.load("metric", name) for name in options}
+    through_clip = [name for name, kind in kinds.items() if issubclass(kind, ClipMetric)]
+    if args.clip and not through_clip:
+        raise UserError(f"--clip is given, and none of the metrics ({', '.join(names)}) looks through a CLIP; leave it out")
+    for name in through_clip:
+        options[name] = {**({"clip": args.clip} if args.clip else {}), **options[name]}
+    metrics = [kind.from_config(options[name]) for name, kind in kinds.items()]
+    for metric in metrics:
+        if isinstance(metric, ClipMetric):
+            check_clip(metric.clip, model)
+        metric.measured_by()
+    return metrics
 
 
-def open_clip(args: Namespace) -> Clip:
-    """The CLIP that --clip names, or the world's own."""
-    from eval.alignment import load_metric_clip, load_open_clip
+def check_clip(clip: str | None, model: Model) -> None:
+    """Whether the CLIP of this name, None for the embedded world's own, knows what the model draws."""
+    if not clip and not knows_world(model):
+        raise UserError(f"{model.source} does not draw the embedded world, which the own CLIP knows only; give --clip SOURCE too")
 
-    return load_open_clip(args.clip) if args.clip else load_metric_clip()
+
+def check_references(metrics: Sequence[Metric]) -> None:
+    """Whether these can do without images of another model."""
+    for metric in metrics:
+        if metric.needs_references:
+            folder = f", or --set {metric.name()}.folder=DIR" if hasattr(metric, "folder") else ""
+            raise UserError(f"{metric.name()} compares with the unedited model, and no edit is attached; give --edit or --base{folder}")
 
 
 # --- any model --------------------------------------------------------------------------------------------------------
-def alignment(args: Namespace, model: Model, asked: list[tuple[str, int | None]]) -> dict[str, Any]:
-    """clip_t of the prompts, with and without the edits, n images each with the seeds given or S, S+1, ..."""
-    from eval.intervals import mean
+def on_prompts(args: Namespace, model: Model, asked: list[tuple[str, int | None]]) -> dict[str, Any]:
+    """The metrics of the prompts, with and without the edits, n images each with the seeds given or S, S+1, ..."""
+    metrics, base = open_metrics(args, model, args.metrics or ON_PROMPTS), comparison(args, model)
+    edited = base is not model
+    if not edited:
+        check_references(metrics)
+    before = [metric.fresh() for metric in metrics if edited and not metric.needs_references]
+    each = [(text, args.seed + i if seed is None else seed) for text, seed in asked for i in range(args.n if seed is None else 1)]
+    for start in range(0, len(each), CHUNK):
+        part, title = each[start : start + CHUNK], f"{start}/{len(each)}"
+        texts, seeds = zip(*part, strict=True)
+        images = drawn(args, model, part, title)
+        references = drawn(args, base, part, f"{title} before") if edited else None
+        for metric in metrics:
+            metric.update(images, texts, seeds, references)
+        for metric in before:
+            assert references is not None
+            metric.update(references, texts, seeds)
+    measured = {metric.name(): metric for metric in metrics} | {f"{metric.name()}_before": metric for metric in before}
+    return {"metrics": {name: metric.compute().as_json() for name, metric in measured.items()}, "per_concept": {}}
+
+
+def drawn(args: Namespace, model: Model, asked: Sequence[tuple[str, int]], title: str) -> Tensor:
+    """The images of prompts and seeds, as the command's options say."""
     from toolkit.runs import progress
     from toolkit.sample import sample
 
-    check_clip(args, model)
-    clip = open_clip(args)
-    each = [(text, args.seed + i if seed is None else seed) for text, seed in asked for i in range(args.n if seed is None else 1)]
-    metrics = {}
-    for label, drawing in (("clip_t", model), *([("clip_t_before", model.reference())] if model.edits else [])):
-        cosines: list[float] = []
-        for start in range(0, len(each), CHUNK):
-            texts, seeds = zip(*each[start : start + CHUNK], strict=True)
-            with progress(f"{label} {start}/{len(each)}") as show:
-                pixels = sample(drawing, texts, seeds, steps=args.steps, guidance=args.guidance, batch_size=args.batch_size, progress=show)
-            cosines += clip.similarity(pixels, texts).tolist()
-        estimate = mean(cosines, [text for text, _ in each])
-        metrics[label] = {**estimate.as_json(), "measured_by": clip.measured_by}
-    return {"metrics": metrics, "per_concept": {}}
+    texts, seeds = zip(*asked, strict=True)
+    with progress(title) as show:
+        return sample(model, texts, seeds, steps=args.steps, guidance=args.guidance, batch_size=args.batch_size, progress=show)
 
 
 def read_prompts(path: str) -> list[tuple[str, int | None]]:

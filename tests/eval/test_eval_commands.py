@@ -108,6 +108,38 @@ def test_evaluate_measures_alignment_on_prompts(shipped: Path, capsys: pytest.Ca
     assert found["metrics"]["clip_t"]["n"] == 2
 
 
+def test_evaluate_measures_any_metric_on_prompts(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shipped / "prompts.csv").write_text("prompt,evaluation_seed\na dog,3\na noto cat,4\na cat,5\n")
+    (shipped / "judging.py").write_text("def level(images):\n    return images.mean((1, 2, 3))\n")
+    argv = ("evaluate", "--edit", shipped / "erased.safetensors", "--prompts", shipped / "prompts.csv", "--steps", 1, "--metrics")
+    options = ("--set", "classifier.function=judging:level", "classifier.threshold=0.9,0.01", "kid.features=oracle", "clip_t.scale=100")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shipped)
+        found = result(capsys, *argv, "clip_t", "clip_drift", "classifier", "kid", *options)["metrics"]
+    assert set(found) == {"clip_t", "clip_t_before", "clip_drift", "classifier", "classifier_before", "kid"}
+    assert found["clip_drift"]["value"] == pytest.approx((found["clip_t"]["value"] - found["clip_t_before"]["value"]) / 100, abs=1e-5)
+    assert list(found["classifier"]["thresholds"]) == ["0.9", "0.01"] and found["classifier"]["value"] == 0
+    assert {row["n"] for row in found.values()} == {3} and found["kid"]["measured_by"]["model"] == "oracle"
+
+
+@pytest.mark.usefixtures("rendered")
+def test_evaluate_measures_metrics_of_the_world(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit, options = shipped / "erased.safetensors", ("--set", "unlearn_canvas.target=pistol")
+    argv = ("evaluate", "--edit", edit, "--erased", "pistol", "--n", 2, "--metrics", "clip_drift", "unlearn_canvas", *options)
+    metrics = result(capsys, *argv)["metrics"]
+    assert "before" not in metrics["clip_drift"] and metrics["clip_drift"]["n"] >= 12
+    assert metrics["unlearn_canvas"]["unlearning_accuracy"]["n"] == 2
+    terms = [1 - metrics[name]["value"] for name in ("target_accuracy", "target_accuracy_held_back_synonyms")]
+    assert metrics["harmonic"]["of"] == ["efficacy", "generality", "specificity"]
+    assert terms == [1, 0] and metrics["harmonic"]["value"] == 0
+
+
+def test_metrics_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["name"]: row for row in result(capsys, "metrics")["metrics"]}
+    assert {"clip_t", "kid", "nudenet", "lpips"} <= rows.keys()
+    assert rows["nudenet"]["options"]["threshold"] == [0.6, 0.45] and rows["clip_t"]["compares"] == "prompt"
+
+
 def test_attack_gives_its_keys(shipped: Path, capsys: pytest.CaptureFixture[str], rendered: None) -> None:
     argv = ("attack", "--edit", shipped / "erased.safetensors", "--concept", "pistol", "--n", 4, "--out", shipped / "attack")
     for method in ("paraphrase", "closed_form_preimage"):
@@ -127,6 +159,12 @@ def test_attack_gives_its_keys(shipped: Path, capsys: pytest.CaptureFixture[str]
         (("evaluate", "--learned", "<pal>"), "not of the form K=V"),
         (("evaluate", "--learned", "<pal>=penguin"), "attach the edit"),
         (("evaluate", "--prompts", "nowhere.txt"), "no file"),
+        (("evaluate", "--metrics", "clip_tt"), "did you mean clip_t"),
+        (("evaluate", "--metrics", "clip_t", "--set", "clip_t.prefx=a"), "did you mean prefix"),
+        (("evaluate", "--set", "nudenet.threshold=0.6"), "is for none of the metrics clip_t"),
+        (("evaluate", "--metrics", "clip_drift"), "no edit is attached"),
+        (("evaluate", "--metrics", "kid", "--clip", "local-dir:X"), "none of the metrics"),
+        (("evaluate", "--metrics", "clip_i", "--set", "clip_i.folder=nowhere"), "nowhere is not a folder"),
         (("attack", "--method", "paraphase", "--concept", "pistol", "--out", "OUT"), "did you mean paraphrase"),
         (("attack", "--method", "paraphrase", "--concept", "pistol", "--set", "word=all", "--out", "OUT"), "did you mean words"),
         (("attack", "--method", "paraphrase", "--concept", "pistol", "--out", "OUT"), "no edit is attached"),
@@ -143,7 +181,7 @@ def test_mistakes_are_told_in_one_line(shipped: Path, capsys: pytest.CaptureFixt
 def test_a_model_of_another_world_needs_prompts(shipped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.commands.evaluate.embedded_vocabulary", lambda folder: {"emoji</w>": 7})
     assert main(["evaluate", "--model", str(shipped / "emoji-sd")]) == 2
-    assert "only its alignment with given prompts" in capsys.readouterr().err
+    assert "only metrics of given prompts" in capsys.readouterr().err
     (shipped / "prompts.txt").write_text("a dog\n")
     assert main(["evaluate", "--prompts", str(shipped / "prompts.txt")]) == 2
     assert "give --clip SOURCE" in capsys.readouterr().err
@@ -183,6 +221,8 @@ def test_the_demo_goes_from_end_to_end(
     assert {part.kind() for part, _ in composed.parts()} == {"low_rank"}
     assert all(Path(picture).is_file() for picture in found["pictures"])
     assert json.loads((out / "report.json").read_text()) == found
+    page = Path(found["page"]).read_text()
+    assert page.count("data:image/webp") == 6 and page.count("<tr>") == len(found["results"]) + 1 and "palimpsest audit" in page
 
 
 def test_evaluate_warns_when_there_is_nothing_to_compare(shipped: Path, capsys: pytest.CaptureFixture[str], rendered: None) -> None:
