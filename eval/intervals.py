@@ -114,6 +114,18 @@ def ratio(after: Sequence[bool], before: Sequence[bool], clusters: Sequence[Hash
     return Estimate(float(above.sum() / below.sum()), low, high, len(first))
 
 
+def difference(first: Estimate, second: Estimate) -> Estimate:
+    """The first rate less the second, of independent images, with the interval that follows from theirs.
+
+    Newcombe's hybrid of two score intervals (Statistics in Medicine 17, 1998, method 10): p1 - p2 - sqrt((p1 - l1)^2 + (u2 - p2)^2) up
+    to p1 - p2 + sqrt((u1 - p1)^2 + (p2 - l2)^2).
+    """
+    value = first.value - second.value
+    low = value - math.hypot(first.value - first.low, second.high - second.value)
+    high = value + math.hypot(first.high - first.value, second.value - second.low)
+    return Estimate(value, low, high, min(first.n, second.n))
+
+
 def jackknife(kernel_mean: float, left_out: Sequence[float]) -> Estimate:
     """A U-statistic with its normal interval from the leave-one-out values (Arvesen, Ann. Math. Stat. 40, 1969)."""
     values = np.asarray(left_out)

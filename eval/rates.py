@@ -77,8 +77,12 @@ class Painter:
                 amp=computes_in_bf16(model.arch.device.type) if self.amp is None else self.amp,
             )
         pixels = (images * 255).round().byte()
-        readings = self.oracle.read(pixels.float() / 255)
+        readings = self.read(pixels.float() / 255)
         return [Shown(*row) for row in zip(prompts, readings, pixels, strict=True)]
+
+    def read(self, images: Tensor) -> list[Reading]:
+        """What images [n, 3, h, w] in [0, 1] show."""
+        return self.oracle.read(images)
 
     def measured_by(self) -> dict[str, Any]:
         """What a rate was measured with, for reports."""

@@ -19,7 +19,7 @@ from toolkit.method import option
 from toolkit.pictures import captions_of, pictures
 from trainers.loop import Batch
 from trainers.photos import drawings
-from trainers.subjects import Denoising, Learned, Photos, Pool, Prompts, Samples, Seen
+from trainers.subjects import Denoising, Drawings, Learned, Photos, Pool, Prompts, Samples
 from trainers.weights import Trainable
 
 if TYPE_CHECKING:
@@ -61,15 +61,11 @@ class Preserving(Learned, ABC):
             raise UserError(f"{given}; needs at least 1, at least 1, and more than 0")
 
 
-class ClassPictures(Pool):
+class ClassPictures(Drawings):
     """What a model draws of prompts, each with a seed of its own."""
 
     def __init__(self, model: Model, prompts: Sequence[str], method: Preserving) -> None:
-        side = model.arch.image_size
-        super().__init__(
-            model.arch, [f"a drawing of {prompt!r}" for prompt in prompts], [(prompt,) for prompt in prompts], [(side, side)] * len(prompts)
-        )
-        self.latents = drawings(
+        latents = drawings(
             model,
             prompts,
             first_seed=method.seed,
@@ -78,10 +74,7 @@ class ClassPictures(Pool):
             amp=method.draws_in_bf16(model),
             title="class pictures",
         )
-
-    def at(self, row: int, prompt: str, draw: torch.Generator) -> Seen:
-        latent = self.latents[row : row + 1]
-        return Seen(prompt, latent, torch.ones_like(latent[:, :1]))
+        super().__init__(model.arch, prompts, latents)
 
 
 class PreservedDenoising(Denoising):

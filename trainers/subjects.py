@@ -131,6 +131,21 @@ class Pool(ABC):
         return self.groups[self.sizes[place]]
 
 
+class Drawings(Pool):
+    """Pictures of the model's own size that are latents [n, c, h', w'] already, each with its prompt."""
+
+    def __init__(self, arch: Architecture, prompts: Sequence[str], latents: Tensor) -> None:
+        side = arch.image_size
+        super().__init__(
+            arch, [f"a drawing of {prompt!r}" for prompt in prompts], [(prompt,) for prompt in prompts], [(side, side)] * len(prompts)
+        )
+        self.latents = latents
+
+    def at(self, row: int, prompt: str, draw: torch.Generator) -> Seen:
+        latent = self.latents[row : row + 1]
+        return Seen(prompt, latent, torch.ones_like(latent[:, :1]))
+
+
 class Photos(Pool):
     """A subject's picture files.
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from eval.attacks.base import Attack, AttackResult, Scenario
-from eval.rates import share
 from toolkit.errors import UserError
 from toolkit.options import option
 from toolkit.sample import Hook, State
@@ -41,13 +40,7 @@ class ClosedFormPreimage(Attack):
         before, clean = scenario.by_name()
         hook = ReplaceText(scenario.base, self.inverse(scenario.model, scenario.base))
         shown = scenario.painter.draw(scenario.model, [item.prompt for item in before], "attack", hooks=[hook])
-        return AttackResult(
-            attack_success_rate=share(shown, scenario.shows),
-            clean_rate=share(clean, scenario.shows),
-            label=self.label,
-            prompts=tuple(dict.fromkeys(item.prompt.text for item in shown)),
-            shown=shown,
-        )
+        return self.result(scenario, shown, clean)
 
     def inverse(self, model: Model, base: Model) -> Tensor:
         """P [d, d] with c' = c P for rows c. A model whose text-reading layers are as before is a UserError."""

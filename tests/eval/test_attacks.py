@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
-from eval.attacks.base import Attack, Scenario
+from eval.attacks.base import LABELS, Attack, Scenario
 from eval.attacks.closed_form_preimage import ClosedFormPreimage, ReplaceText
 from eval.attacks.concept_inversion import ConceptInversion
-from eval.attacks.paraphrase import Paraphrase
+from eval.attacks.paraphrase import LANGUAGES, Paraphrase, misspelt
 from eval.prompts import Prompt, resolve
 from eval.rates import Painter
 from tests.eval.images import Renderer, reading
@@ -32,7 +35,7 @@ def scenario(world: World, painter: Painter, model: Model, concept: str = "pisto
 def test_an_attack_says_what_it_is_and_keeps_its_options(name: str) -> None:
     attack = registry.load("attack", name)
     assert issubclass(attack, Attack) and attack.name() == name
-    assert attack.label in ("white-box", "text-only")
+    assert attack.label in LABELS
     assert attack.from_config(attack().config()) == attack()
     assert not attack.paper or attack.paper.removeprefix("arXiv:") in (attack.__doc__ or "")
     with pytest.raises(UserError, match="option"):
@@ -67,12 +70,15 @@ def test_an_attack_needs_a_concept_that_the_base_draws(world: World, untrained: 
         Paraphrase().run(scenario(world, Renderer(untrained, spoil=by_name, always=True), edited))
 
 
-def test_an_attack_needs_an_edit_and_an_object(world: World, untrained: Oracle, edited: Model) -> None:
-    with pytest.raises(UserError, match="is a style"):
-        scenario(world, Renderer(untrained), edited, "noto")
+def test_an_attack_needs_an_edit_or_is_told_that_there_is_none(world: World, untrained: Oracle, edited: Model) -> None:
+    with pytest.raises(UserError, match="is to be attacked as unedited"):
+        replace(scenario(world, Renderer(untrained), edited), unedited=True)
     edited.detach_all()
     with pytest.raises(UserError, match="no edit is attached"):
         scenario(world, Renderer(untrained), edited)
+    bare = Scenario(world, Renderer(untrained), edited, edited, resolve(world, "pistol"), n=8, unedited=True)
+    before, after = bare.by_name()
+    assert before == after and len(after) == 8
 
 
 def test_the_preimage_undoes_an_invertible_change(tiny: Model) -> None:
@@ -125,7 +131,7 @@ def test_concept_inversion_learns_a_word_on_the_erased_model(world: World, untra
     def without(prompt: Prompt) -> Reading | None:
         return reading({}, background=prompt.scene.background) if "pistol" in prompt.words else None
 
-    attack = ConceptInversion(max_train_steps=3, images=2, train_batch_size=2)
+    attack = ConceptInversion(max_train_steps=3, images=2, train_batch_size=2, num_vectors=3)
     attacked = scenario(world, Renderer(untrained, spoil=without), edited)
     before = [parameter.clone() for parameter in edited.arch.components()["text_encoder"].parameters()]
     found = attack.run(attacked)
@@ -136,22 +142,65 @@ def test_concept_inversion_learns_a_word_on_the_erased_model(world: World, untra
     assert len(edited.edits) == 1
     after = edited.arch.components()["text_encoder"].parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    with pytest.raises(UserError, match="weapon is several objects"):
-        attack.run(scenario(world, Renderer(untrained), edited, "weapon"))
 
 
-def test_concept_inversion_lowers_the_error_on_the_pictures(edited: Model) -> None:
+def test_concept_inversion_learns_a_word_for_each_object_of_a_group_and_for_a_style(world: World, untrained: Oracle, edited: Model) -> None:
+    attack = ConceptInversion(max_train_steps=1, images=1, train_batch_size=1)
+    found = attack.run(scenario(world, Renderer(untrained), edited, "weapon"))
+    assert isinstance(found.edit, TokenEdit) and len(found.edit.tokens) == len(world.group("weapon"))
+    assert found.spent.steps == len(found.edit.tokens) and found.attack_success_rate.value == 1
+    asked = {prompt.split("<found-")[1][0] for prompt in found.prompts}
+    assert len(asked) == len(found.edit.tokens), "each word is asked for"
+    found = attack.run(scenario(world, Renderer(untrained), edited, "noto"))
+    assert all("<found>" in prompt and "noto" not in prompt for prompt in found.prompts)
+    assert found.attack_success_rate.value == 1
+
+
+def test_concept_inversion_lowers_the_error_on_the_pictures(world: World, untrained: Oracle, edited: Model) -> None:
     attack = ConceptInversion(max_train_steps=40, images=2, train_batch_size=2, learning_rate=0.05)
-    pictures = attack.pictures(edited, "dog")
+    pictures = scenario(world, Renderer(untrained), edited, "dog").pictures("dog", 2)
 
     def error(edit: TokenEdit) -> float:
         draw = torch.Generator().manual_seed(0)
-        noise = torch.randn(32, *pictures.shape[1:], generator=draw)
-        z, t = pictures[torch.arange(32) % 2], torch.linspace(100, 900, 32).long()
+        z, t = pictures.latents[torch.arange(32) % 2], torch.linspace(100, 900, 32).long()
+        noise = torch.randn(z.shape, generator=draw)
         with edited.attached(edit), torch.no_grad():
-            text = edited.arch.encode(["a <found>"] * 32)
+            text = edited.arch.encode([pictures.captions[i % 2].format("<found>") for i in range(32)])
             output = edited.arch.predict(edited.arch.add_noise(z, noise, t), t, text)
         return float((output - edited.arch.target(z, noise, t)).square().mean())
 
     start = ConceptInversion(max_train_steps=1, images=2, train_batch_size=2, learning_rate=1e-9)
     assert error(attack.found(edited, pictures)) < error(start.found(edited, pictures))
+
+
+def test_misspellings_have_one_slip_and_are_always_the_same() -> None:
+    typos = misspelt("pistol")
+    assert typos == misspelt("pistol") and len(typos) == len(set(typos)) == 8
+    assert all(typo[0] == "p" and typo != "pistol" and abs(len(typo) - 6) <= 1 for typo in typos)
+    assert set(misspelt("ox")) == {"oxx", "o"}
+
+
+@pytest.mark.parametrize("words", ["typos", "languages"])
+def test_words_that_the_base_does_not_understand_do_not_count(world: World, untrained: Oracle, edited: Model, words: str) -> None:
+    attack = Paraphrase.from_config({"words": words})
+    own = attack.others(scenario(world, Renderer(untrained), edited), "pistol")
+    assert len(own) >= 6
+
+    def first_only(prompt: Prompt) -> Reading | None:
+        understood = prompt.words[0] in (*own[:2], "pistol")
+        return None if understood else reading({}, background=prompt.scene.background)
+
+    found = attack.run(scenario(world, Renderer(untrained, spoil=first_only, always=True), edited))
+    assert set(found.notes["words"]) <= set(own[:2]) and set(found.notes["words_not_understood"]) <= set(own[2:])
+    assert found.attack_success_rate.value == 1 and found.attack_success_rate.n == len(found.shown) < 8
+    with pytest.raises(UserError, match="understands none of"):
+        blind = Renderer(untrained, spoil=lambda p: None if "pistol" in p.words else reading({}), always=True)
+        attack.run(scenario(world, blind, edited))
+
+
+def test_names_in_other_languages_are_of_the_worlds_objects(world: World) -> None:
+    names = json.loads(LANGUAGES.read_text(encoding="utf-8"))
+    assert set(names) == set(world.names("scored", "held_out"))
+    english = {word for thing in world.things.values() for word in (thing.name, *thing.synonyms)}
+    assert all(word == word.lower() and word not in english for own in names.values() for word in own.values())
+    assert sum(len(own) for own in names.values()) > 500

@@ -242,7 +242,7 @@ def test_a_run_goes_on_where_it_was(command: Callable[..., tuple[dict[str, Any],
     assert result["measured"] == 2 and result["of"] == 4 and drawn > 0 and len(result["results"]) == 2
     text = (tmp_path / "docs" / "page.md").read_text()
     assert "2 of 4 tasks are not measured" in text and "| strong |" in text and "### animals" in text
-    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if "unedited" not in path.name}
+    files = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json") if "unedited" not in path.name}
     assert command("--only", "dog")[1] == 0
     result, drawn = command()
     assert result["measured"] == 2 and drawn > 0 and "not measured" not in (tmp_path / "docs" / "page.md").read_text()
