@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from eval.bench_attacks import FALLS, PROOF, Attacked, compared, proof
 from eval.bench_bars import Row, rows
 from eval.bench_learnt import COLUMNS, QUESTIONS, differences, learnt, lesson
 from eval.bench_results import (
@@ -55,7 +56,10 @@ COST = ("fit, s", "memory, MiB", "edit, KiB")
 
 @dataclass(frozen=True)
 class Report:
-    """What the page is made from. command: what made it. cells: all that there should be. results: those that were measured."""
+    """What the page is made from.
+
+    cells: all that there should be. results: those that were measured. command: what made it. attacks: those that were tried.
+    """
 
     experiment: Experiment
     cells: Sequence[Cell]
@@ -63,6 +67,7 @@ class Report:
     command: str
     model: str
     measured_by: Mapping[str, Any]
+    attacks: Sequence[Attacked] = ()
 
     def missed(self) -> list[str]:
         """The lines that miss their bars, of all methods."""
@@ -77,14 +82,14 @@ class Report:
         """The markdown page."""
         header, by = self.experiment.header, self.measured_by
         absent = len(self.cells) - len(self.results)
-        kinds = {cell.kind for cell in self.cells}
+        kinds = {cell.kind for cell in self.cells} | ({"attacks"} if self.attacks else set())
         return PAGE.format(
             title=header.title,
             command=self.command,
             about=f"\n{header.about.strip()}\n" if header.about else "",
             model=self.model,
             **{key: by[key] for key in ("version", "threshold", "steps", "guidance")},
-            notes="\n".join(NOTES[kind] for kind in NOTES if kind in kinds).format(n=header.n),
+            notes="\n".join(NOTES[kind] for kind in NOTES if kind in kinds).format(n=header.n, falls=round(100 * FALLS)),
             poorly=", ".join(f"{name} ({100 * value:.0f} %)" for name, value in poorly(self.results).items()) or "nothing",
             absent=f"\n{absent} of {len(self.cells)} tasks are not measured here: `--only` was given, or the run was interrupted.\n"
             if absent
@@ -109,7 +114,13 @@ class Report:
             columns = ("method", *(one.column for one in QUESTIONS[kind]), "edit, of its size")
             lines = [[label, *differences(own, reference)] for label, own in per_method.items()]
             parts += [f"Less what {section.against} reaches with the same prompts and seeds:", table(columns, lines)]
+        if tried := self.attacks_in(section):
+            parts += ["Attacked:", table(*compared(tried)), table(PROOF, proof(tried))]
         return "\n\n".join(filter(None, parts))
+
+    def attacks_in(self, section: Section) -> list[Attacked]:
+        """The attacks on what a section erases."""
+        return [item for item in self.attacks if item.cell.section == section.title]
 
     # --- one by one ---------------------------------------------------------------------------------------------------
     def method(self, label: str) -> str:
@@ -260,6 +271,11 @@ NOTES = {
     "styles": """\
 - **Styles** are turned into another one, or into nothing: then the bar is how often the unedited model draws the style when it is
   told none. The other styles and all scored objects are preserved.""",
+    "attacks": """\
+- **Attacked**: how often what was erased is drawn under each attack, over all tasks; clean is by its name, without one. White-box attacks
+  compute with the weights, fine-tuning ones train them, text-only ones write prompts, image-guided ones start from pictures. A method
+  falls to an attack that brings back what it erased in {falls} % of the images or more. What an attack shows of an object that no model
+  knew, it has not brought back but taught.""",
     "subjects": f"""\
 - **Subjects** are objects that the model has never seen, learnt from {len(PICTURES)} pictures, each subject in one style. Their class name
   is the nearest thing that the model knows. They are asked for on backgrounds that none of the pictures has, at all places, and on

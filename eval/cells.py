@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, product
 from pathlib import Path
 
 from eval import prompts as make
+from eval.attacks.base import Attack
 from eval.experiment import Experiment, Section
 from eval.prompts import Prompt, resolve
 from eval.subjects import PICTURES, SIDES, Lesson, Portrait, entangled, side_by_side
@@ -38,6 +39,8 @@ class Cell:
     held_back   by those that none is given                 alone   a subject in new contexts; unedited: by the object's name
     beside      left of another object, which should stay   beside  of a subject: the same on new backgrounds
     together    both subjects of a pair, side by side; unedited: by the objects' names
+
+    attacks: label -> what tries to bring back what is erased, n images of each object.
     """
 
     method: str
@@ -46,6 +49,8 @@ class Cell:
     task: str
     goal: EraseTask | Lesson
     asked: Mapping[str, Sequence[Pair]]
+    attacks: Mapping[str, Attack] = field(default_factory=dict)
+    n: int = 0
 
     @property
     def name(self) -> str:
@@ -87,11 +92,13 @@ def plan(world: World, experiment: Experiment) -> list[Cell]:
         counts = [others(section, experiment) for section, *_ in tasks]
         rest = shares(world, [hidden(goal) for *_, goal in tasks], counts)
         for (section, task, goal), kept in zip(tasks, rest, strict=True):
+            attacks = experiment.attacks_on(section)
             for method in experiment.methods_of(section):
                 own = replace(goal, given=experiment.given[method]) if isinstance(goal, Lesson) else goal
-                about = {**asked(world, own, section.n or experiment.header.n), "kept": same(kept)}
+                n = section.n or experiment.header.n
+                about = {**asked(world, own, n), "kept": same(kept)}
                 drawn = {label: pairs for label, pairs in about.items() if label in section.labels or label == "unnamed"}
-                cells[section.title].append(Cell(method, experiment.method(method, section), section.title, task, own, drawn))
+                cells[section.title].append(Cell(method, experiment.method(method, section), section.title, task, own, drawn, attacks, n))
     return [cell for found in cells.values() for cell in found]
 
 

@@ -14,9 +14,15 @@
     [methods.break_a_scene]         # what a method that learns is given with its pictures, see `Given`
     given = { masks = true, captions = false }
 
+    [attacks.paraphrase]            # tries to bring back what was erased; labels and options as methods have them
+    [attacks.long-inversion]
+    method = "concept_inversion"
+    max_train_steps = 500
+
     [[sections]]
     title = "objects, each alone"
     objects = ["dog", "pistol"]     # of the embedded world: objects, a group such as weapon; or styles, subjects, ...
+    attacks = ["paraphrase", "long-inversion"]
 
 `Section` lists what a section may say. eval/experiments/ has the project's own.
 """
@@ -24,10 +30,11 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.attacks.base import Attack
 from eval.subjects import PICTURES, Given
 from toolkit import registry
 from toolkit.errors import UserError, unknown
@@ -64,6 +71,7 @@ class Section(Configured):
     preserve_times: float = option(1.0, "times that the methods' preserve scales count, for several concepts in one task")
     ask: tuple[str, ...] = option((), "what is drawn, by label; empty: everything but beside for objects, all else")
     methods: tuple[str, ...] = option((), "labels of the methods; empty: all that can do it")
+    attacks: tuple[str, ...] = option((), "labels of the attacks on what was erased")
     against: str = option("", "label of the method that the others are compared with, image by image, and by their edits' sizes")
     size: float = option(0.0, "the bar of the edits' sizes: at most this part of the size of that method's edits; 0: none")
     n: int | None = option(None, "images of a concept by its name, in place of the experiment's")
@@ -86,6 +94,8 @@ class Section(Configured):
             raise UserError(f"section {self.title!r} has {len(self.pairs)} pairs' subjects, needs two for each pair; give one more")
         if not 1 <= self.pictures <= len(PICTURES) or (self.pictures > 1 and not self.pairs):
             raise UserError(f"section {self.title!r} has {self.pictures} pictures; give 1, or for pairs up to {len(PICTURES)}")
+        if self.attacks and self.learns:
+            raise UserError(f"section {self.title!r} has attacks, which are on what was erased, and is about {self.kind}; leave them out")
         if self.against and not self.learns:
             raise UserError(f"section {self.title!r} has against, which compares what is learnt; leave it out")
         if self.size < 0 or (self.size and not self.against):
@@ -137,12 +147,34 @@ class Header(Configured):
 
 @dataclass(frozen=True)
 class Experiment:
-    """methods: label -> method with its options. given: label -> what it is given. sections: in the order of the report."""
+    """What a file says.
+
+    methods: label -> method with its options. given: label -> what it is given. sections: in the order of the report.
+    attacks: label -> attack with its options.
+    """
 
     header: Header
     methods: dict[str, Method]
     given: dict[str, Given]
     sections: tuple[Section, ...]
+    attacks: dict[str, Attack] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for section in self.sections:
+            if not self.methods_of(section):
+                what = METHOD_KIND[section.kind]
+                raise UserError(f"no method of the experiment can {what}, which section {section.title!r} needs; add one")
+            self.attacks_on(section)
+        for label in self.attacks:
+            if not any(label in section.attacks for section in self.sections):
+                raise UserError(f"no section has the attack {label}; name it in the attacks of one, or leave it out")
+
+    def attacks_on(self, section: Section) -> dict[str, Attack]:
+        """The attacks on what a section erases, by label."""
+        for label in section.attacks:
+            if label not in self.attacks:
+                raise unknown(f"attack in section {section.title!r}", label, self.attacks)
+        return {label: self.attacks[label] for label in section.attacks}
 
     def methods_of(self, section: Section) -> list[str]:
         """The labels of the methods that are measured on a section."""
@@ -176,28 +208,40 @@ def read(path: str | Path) -> Experiment:
         given: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r} is not TOML ({error}); correct it there") from None
-    methods, sections = given.pop("methods", {}), given.pop("sections", [])
+    methods, attacks, sections = given.pop("methods", {}), given.pop("attacks", {}), given.pop("sections", [])
     if not isinstance(methods, dict) or not isinstance(sections, list) or not methods or not sections:
         raise UserError(f"{str(path)!r} needs a table [methods.NAME] and a table [[sections]]; write at least one of each")
     told = {label: _method(label, options) for label, options in methods.items()}
-    able = {label: method for label, (method, _) in told.items()}
-    result = Experiment(Header.from_config(given), able, {label: beside for label, (_, beside) in told.items()}, _sections(sections))
-    for section in result.sections:
-        if not result.methods_of(section):
-            raise UserError(f"no method of the experiment can {METHOD_KIND[section.kind]}, which section {section.title!r} needs; add one")
-    return result
+    return Experiment(
+        Header.from_config(given),
+        {label: method for label, (method, _) in told.items()},
+        {label: beside for label, (_, beside) in told.items()},
+        _sections(sections),
+        {label: _attack(label, options) for label, options in attacks.items()},
+    )
 
 
 def _method(label: str, options: dict[str, Any]) -> tuple[Method, Given]:
     """The method of a table [methods.LABEL], and what it is given."""
-    if not isinstance(options, dict):
-        raise UserError(f"methods.{label} is {options!r}, needs a table; write [methods.{label}] with its options below")
-    options = dict(options)
+    options = _table("methods", label, options)
     given = options.pop("given", {})
     method = registry.load("method", options.pop("method", label)).from_config(options)
     if given and method.kind != "customize":
         raise UserError(f"methods.{label} is given {', '.join(given)}, and {method.name()} learns from no pictures; leave it out")
     return method, Given.from_config(given)
+
+
+def _attack(label: str, options: dict[str, Any]) -> Attack:
+    """The attack of a table [attacks.LABEL]."""
+    options = _table("attacks", label, options)
+    return registry.load("attack", options.pop("method", label)).from_config(options)
+
+
+def _table(of: str, label: str, options: Any) -> dict[str, Any]:
+    """A copy of the table [OF.LABEL]."""
+    if not isinstance(options, dict):
+        raise UserError(f"{of}.{label} is {options!r}, needs a table; write [{of}.{label}] with its options below")
+    return dict(options)
 
 
 def _sections(given: list[dict[str, Any]]) -> tuple[Section, ...]:

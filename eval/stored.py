@@ -45,18 +45,19 @@ def reading_of(shows: Mapping[str, Any]) -> Reading:
 
 
 def to_json(before: Shown, after: Shown) -> list[dict[str, Any]]:
-    """Two images without their pixels: what was asked for and what the oracle reads; of the second what differs from the first."""
-    first, second = _row(before), _row(after)
+    """Two images by `row_of`; of the second what differs from the first."""
+    first, second = row_of(before), row_of(after)
     return [first, {key: value for key, value in second.items() if value != first[key]}]
 
 
 def from_json(rows: list[dict[str, Any]]) -> tuple[Shown, Shown]:
     """The inverse of `to_json`; without pixels."""
     first, second = rows
-    return _shown(first), _shown({**first, **second})
+    return shown_of(first), shown_of({**first, **second})
 
 
-def _row(shown: Shown) -> dict[str, Any]:
+def row_of(shown: Shown) -> dict[str, Any]:
+    """An image without its pixels: what was asked for and what the oracle reads."""
     prompt = shown.prompt
     asked: dict[str, Any] = {"background": prompt.scene.background, "items": prompt.scene.items}
     if prompt.scene.style:
@@ -66,7 +67,8 @@ def _row(shown: Shown) -> dict[str, Any]:
     return {"prompt": prompt.text, "seed": prompt.seed, "asked": asked, "shows": reading_to_json(shown.reading)}
 
 
-def _shown(row: Mapping[str, Any]) -> Shown:
+def shown_of(row: Mapping[str, Any]) -> Shown:
+    """The inverse of `row_of`; without pixels."""
     asked = row["asked"]
     scene = Scene(asked["background"], asked.get("style", ""), tuple((place, name) for place, name in asked["items"]))
     words = tuple(asked.get("words", (name for _, name in scene.items)))

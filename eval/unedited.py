@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eval import stored
+from eval.bench_images import Gallery
+from eval.bench_work import claimed
 from eval.fidelity import oracle_kid
 from eval.prompts import Prompt
 from eval.rates import Painter, Shown
@@ -29,11 +31,12 @@ class Unedited:
     model: Model
     painter: Painter
     file: Path
+    gallery: Gallery
 
     def shown(self, prompts: Sequence[Prompt], title: str) -> list[Shown]:
-        """The images of these prompts, without their pixels. Only those that the file does not hold are drawn."""
+        """The images of these prompts, without their pixels. Only those that the file, or the gallery, does not hold are drawn."""
         known = self._read()["shown"]
-        fresh = [prompt for prompt in dict.fromkeys(prompts) if _key(prompt) not in known]
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if _key(prompt) not in known or self.gallery.lacks(self.file.stem, [prompt])]
         if fresh:
             known = self._add(self.painter.draw(self.model, fresh, title))["shown"]
         return [Shown(prompt, reading_of(known[_key(prompt)]), torch.empty(0)) for prompt in prompts]
@@ -52,10 +55,12 @@ class Unedited:
 
     def _add(self, drawn: Sequence[Shown], kid: Mapping[str, float | None] | None = None) -> dict[str, Any]:
         """Write what is new to the file as it is by now, and give what it then holds."""
-        held = self._read()
-        held["shown"] |= {_key(item.prompt): reading_to_json(item.reading) for item in drawn}
-        held["kid"] |= kid or {}
-        stored.write(self.file, held)
+        self.gallery.keep(self.file.stem, drawn)
+        with claimed(self.file, wait=True):  # else of two processes one would write without what the other has just added
+            held = self._read()
+            held["shown"] |= {_key(item.prompt): reading_to_json(item.reading) for item in drawn}
+            held["kid"] |= kid or {}
+            stored.write(self.file, held)
         return held
 
 

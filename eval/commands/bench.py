@@ -28,51 +28,69 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="folder that results are written to, one JSON file each (default %(default)s); those in eval/results are found too",
     )
     parser.add_argument("--report", metavar="FILE", help="the report (default: FILE's name with .md, in that folder)")
+    parser.add_argument("--html", metavar="FILE", help="the report as a page by itself as well, with figures and the images that are kept")
+    parser.add_argument("--images", action="store_true", help="keep every image in the folder images of that folder")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of the tasks, for N machines (default: all)")
     parser.set_defaults(edit=[])
 
 
 def run(args: Namespace) -> dict[str, Any]:
     """Writes what is missing, then the report from all results there are.
 
-    Gives `report`, `results` (their files), `measured` (how many were made now), `of` (how many there are in all) and `missed`.
+    Gives `report`, `html` when it was asked for, `results` (their files), `measured` (how many this process made now), `of` (how many
+    there are in all) and `missed`. Processes that share a folder, launched together or not, share the work.
     """
     from eval.bench import Bench
     from eval.bench_page import Report
+    from eval.bench_work import Part, leave_group, share
     from eval.cells import plan
     from eval.commands.evaluate import knows_world
     from eval.experiment import read
     from eval.rates import Painter
+    from eval.report_arena import arena_page
     from eval.stored import found
     from toolkit.runs import check_writable, timed, write_atomic
     from toolkit.world.oracle import load_oracle
     from toolkit.world.scenes import load_world
 
-    experiment, world = read(args.file), load_world()
+    experiment, world, shard = read(args.file), load_world(), Part.read(args.shard)
     cells = plan(world, experiment)
-    chosen = [cell for cell in cells if asked_for(cell, args.only)]
     check_names(cells, args.only)
+    chosen = shard.of([cell for cell in cells if asked_for(cell, args.only)])
     out = check_writable(args.out)
     report = Path(args.report or out / f"{Path(args.file).stem}.md")
-    check_writable(report.parent)
+    for file in (report, *([Path(args.html)] if args.html else [])):
+        check_writable(file.parent)
     model = open_model(args)
     if not knows_world(model):
         raise UserError(f"{args.model} does not draw the embedded world, so nothing says what it shows; bench emoji-sd")
+    process = leave_group()
     painter = Painter(load_oracle(), experiment.header.steps, experiment.header.guidance)
-    bench = Bench(world, model, painter, out)
+    bench = Bench(world, model, painter, out, args.images)
     missing = [cell for cell in chosen if bench.missing(cell)]
-    for i, cell in enumerate(missing):
-        if not bench.missing(cell):  # another section, or another process, has measured it meanwhile
-            continue
+    measured: list[Cell] = []
+
+    def measure(cell: Cell) -> None:
         with timed() as cost:
             bench.measure(cell)
-        print(f"[{i + 1}/{len(missing)}] {cell.section}, {cell.name}: {cost.seconds:.0f} s", file=sys.stderr, flush=True)
+        measured.append(cell)
+        print(f"[{len(measured)}/{len(missing)}] {cell.section}, {cell.name}: {cost.seconds:.0f} s", file=sys.stderr, flush=True)
+
+    share(process.first(missing), bench.file, lambda cell: bool(bench.missing(cell)), measure)
     results = [result for cell in cells if (result := bench.measured(cell))]
-    page = Report(experiment, cells, results, command(args), model.fingerprint["weights"][:12], bench.measured_by)
+    attacks = [attacked for cell in cells for attacked in bench.attacked(cell)]
+    page = Report(experiment, cells, results, command(args), model.fingerprint["weights"][:12], bench.measured_by, attacks)
     write_atomic(report, page.page())
+    if args.html:
+        write_atomic(args.html, arena_page(page, bench))
+    if process.i > 1:  # the first of several processes says what all of them made
+        return {}
+    files = [*(bench.file(result.cell) for result in results), *(bench.attack_file(one.cell, one.label) for one in attacks)]
     return {
         "report": str(report),
-        "results": [str(found(bench.file(result.cell))) for result in results],
-        "measured": len(missing),
+        **({"html": args.html} if args.html else {}),
+        "results": [str(found(file)) for file in files],
+        "measured": len(measured),
         "of": len(cells),
         "missed": page.missed(),
     }
@@ -80,10 +98,14 @@ def run(args: Namespace) -> dict[str, Any]:
 
 def command(args: Namespace) -> str:
     """What to type to make the same report."""
-    given = [("--model", args.model, "emoji-sd"), ("--out", args.out, "out/bench"), ("--report", args.report, None)]
-    return shlex.join(
-        ["palimpsest", "bench", args.file, *(word for option, value, default in given if value != default for word in (option, value))]
-    )
+    given = [
+        ("--model", args.model, "emoji-sd"),
+        ("--out", args.out, "out/bench"),
+        ("--report", args.report, None),
+        ("--html", args.html, None),
+    ]
+    words = [word for option, value, default in given if value != default for word in (option, value)]
+    return shlex.join(["palimpsest", "bench", args.file, *words, *(["--images"] if args.images else [])])
 
 
 def asked_for(cell: Cell, only: list[str]) -> bool:

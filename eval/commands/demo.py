@@ -39,15 +39,21 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> dict[str, Any]:
-    """Writes edits and pictures. Gives `results` (one row per measurement), the `edits`, the `pictures` and `next`."""
+    """Writes edits, pictures and a page. Gives `results` (one row per measurement), the `page`, the `edits`, the `pictures` and `next`."""
     from eval.rates import Painter
     from eval.suites import Suite
     from toolkit.commands import open_model
-    from toolkit.runs import check_writable, timed, write_json
+    from toolkit.runs import check_writable, timed, write_atomic, write_json
     from toolkit.world.oracle import load_oracle
     from toolkit.world.scenes import load_world
 
     out = check_writable(args.out)
+    following = [
+        f"palimpsest generate --edit {out}/composed --prompt 'a {TOKEN} on a red background' --n 8 --out {out}/more",
+        f"palimpsest erase --method {ERASER} --concept knife --out {out}/knife",
+        f"palimpsest audit {out}/erased --concept {WEAPON} --out {out}/audit",
+    ]
+    measured = f"with the oracle on {STEPS}-step images; 95 % intervals, clustered by prompt"
     with timed() as cost:
         model = open_model(args)
         suite = Suite(load_world(), Painter(load_oracle(), steps=STEPS), model, model.reference(), IMAGES, kid=False)
@@ -59,15 +65,12 @@ def run(args: Namespace) -> dict[str, Any]:
         demo.compose(eraser, subject)
     result = {
         "results": demo.rows,
-        "measured": f"with the oracle on {STEPS}-step images; 95 % intervals, clustered by prompt",
+        "measured": measured,
         "seconds": cost.seconds,
+        "page": str(write_atomic(out / "report.html", demo.page(measured, following))),
         "edits": demo.edits,
         "pictures": demo.pictures,
-        "next": [
-            f"palimpsest generate --edit {out}/composed --prompt 'a {TOKEN} on a red background' --n 8 --out {out}/more",
-            f"palimpsest erase --method {ERASER} --concept knife --out {out}/knife",
-            f"palimpsest evaluate --edit {out}/erased --erased {WEAPON} --out {out}/report",
-        ],
+        "next": following,
     }
     write_json(out / "report.json", result)
     return result
@@ -77,8 +80,9 @@ def run(args: Namespace) -> dict[str, Any]:
 class Demo:
     """The steps of the demo.
 
-    rows: what was measured so far. edits and pictures: the files written so far. shown: the rows of the last picture, which
-    sums up the others. others: everything else, as the unedited model draws it.
+    rows: what was measured so far; rates: the same for the page, as estimates. edits and pictures: the files written so far. shown: the
+    rows of the last picture, which sums up the others. strips: the page's rows of images, with what they are. others: everything else,
+    as the unedited model draws it.
     """
 
     out: Path
@@ -87,6 +91,8 @@ class Demo:
     edits: list[str] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
     shown: list[Any] = field(default_factory=list)
+    rates: list[Any] = field(default_factory=list)
+    strips: list[tuple[str, Any]] = field(default_factory=list)
     others: list[Any] = field(default_factory=list)
     _start: float = field(default_factory=time.perf_counter)
 
@@ -104,6 +110,9 @@ class Demo:
 
     def row(self, what: str, after: Estimate, before: Estimate | None = None) -> None:
         """Add a measurement with its interval to the table, and the unedited model's where there is one."""
+        from eval.intervals import NOTHING
+
+        self.rates.append([what, before or NOTHING, after])
         first = before.as_json() if before else dict.fromkeys(("value", "low", "high"), "")
         second = after.as_json()
         was = {"before": first["value"], "from": first["low"], "to": first["high"]}
@@ -163,6 +172,7 @@ class Demo:
             self.row("instead: the background asked for", share(after, background_right), share(before, background_right))
             self.picture("erased", before, after)
             self.shown += [before, after]
+            self.strips += [(f"a {WEAPON}, before", before), (f"{ERASER} has erased it", after), ("attacked: its preimage", attacked.shown)]
             self.say("asking for everything else")
             names = [name for name in self.world.names("scored") if name != WEAPON]
             old, new = suite.both(objects(self.world, names, len(names), seed=suite.seed), "everything else")
@@ -202,6 +212,7 @@ class Demo:
         self.row(f"with {TOKEN}: other objects kept (after / before)", retained(self.others, rest).objects)
         self.picture("learned", shown)
         self.shown.append(shown)
+        self.strips.append((f"{TOKEN}, a {SUBJECT} learnt by {LEARNER}", shown))
 
     # --- compose ----------------------------------------------------------------------------------------------------
     def compose(self, eraser: Edit, subject: Edit) -> None:
@@ -221,4 +232,20 @@ class Demo:
         self.row(f"composed: {WEAPON} drawn", target_accuracy(armed, {WEAPON}))
         self.picture("composed", shown[:8], armed[:8])
         self.picture("demo", *self.shown)
+        self.strips += [(f"{TOKEN}, both edits composed", shown), (f"a {WEAPON}, both edits composed", armed)]
         self.say("done")
+
+    # --- report -----------------------------------------------------------------------------------------------------
+    def page(self, measured: str, following: list[str]) -> str:
+        """Everything on one page: rates, images, and what to try next."""
+        from eval import report_parts as part
+        from eval.report_audit import strip
+
+        about = f"A {WEAPON} erased by {ERASER} and attacked, a {SUBJECT} learnt by {LEARNER}, and both in one edit; measured {measured}."
+        return part.page(
+            "Palimpsest, demonstrated",
+            part.paragraph(about),
+            part.section("Rates", part.table(("what", "before", "after"), self.rates)),
+            part.section("Images", *(strip(label, shown) for label, shown in self.strips)),
+            part.section("What next", part.commands(following)),
+        )

@@ -23,6 +23,8 @@ from toolkit.runs import replacing
 NOT_IN_NAMES = re.compile(r"[^\w-]+")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "lora.safetensors"
+LORAS = ("diffusers-lora", "kohya-lora")
+WORDS_FOLDER = "embeddings"  # beside a LoRA's file
 TEXT_ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")  # of a text encoder
 ROW_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}  # as ComfyUI calls the encoders' rows
 FLUX_ROW_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
@@ -32,21 +34,35 @@ def export(edit: Edit, format: str, path: str | Path, model: Model | None = None
     """Write an edit in somebody else's format. Returns what was written.
 
     format and path: "diffusers-lora": a folder, or a .safetensors file, for `load_lora_weights` at scale 1.
-    "kohya-lora": the same for ComfyUI, A1111 and Kohya's sd-scripts, at strength 1; diffusers reads it too. "embedding": a
-    folder with one file per token, or a .safetensors file for one token, for `load_textual_inversion` and A1111.
-    "delta": a .safetensors file of dense changes by diffusers' parameter names. "checkpoint": a diffusers folder.
+    "kohya-lora": the same for ComfyUI, A1111 and Kohya's sd-scripts, at strength 1; diffusers reads it too. New words of an edit that
+    has both go into a folder "embeddings" beside the LoRA, as "embedding" writes them: A1111 would read them in the LoRA's own file,
+    ComfyUI would not, and diffusers refuses such a file. "embedding": a folder with one file per token, or a .safetensors file for one
+    token, for `load_textual_inversion`, ComfyUI and A1111. "delta": a .safetensors file of dense changes by diffusers' parameter
+    names. "checkpoint": a diffusers folder.
     model: the model that the edit is for; "embedding" needs none.
     """
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
-    for part, _ in edit.parts():
-        if format not in part.exports:
-            remedy = f"export it as {' or '.join(part.exports)}" if part.exports else "no other tool reads it; attach it when sampling"
-            raise UserError(f"a {part.kind()} edit cannot be written as {format}; {remedy}")
+    if missing := _not_written(edit, format):
+        others = formats(edit)
+        remedy = f"export it as {' or '.join(others)}" if others else "no other tool reads it; attach it when sampling"
+        raise UserError(f"a {missing[0].kind()} edit cannot be written as {format}; {remedy}")
     path = Path(path)
     if model is None and format != "embedding":
         raise UserError(f"{format} needs the model that the edit is for; give --model")
     return FORMATS[format](edit, path, model)
+
+
+def formats(edit: Edit) -> list[str]:
+    """The formats that an edit can be written in."""
+    return [format for format in FORMATS if not _not_written(edit, format)]
+
+
+def _not_written(edit: Edit, format: str) -> list[Edit]:
+    """The parts of an edit that it cannot be written for in this format."""
+    parts = [part for part, _ in edit.parts()]
+    with_weights = format in LORAS and not all(isinstance(part, TokenEdit) for part in parts)
+    return [part for part in parts if format not in part.exports and not (with_weights and isinstance(part, TokenEdit))]
 
 
 # --- LoRA -----------------------------------------------------------------------------------------------------------
@@ -112,7 +128,7 @@ def _merged(edit: Edit) -> LowRank:
 def _diffusers_lora(edit: Edit, path: Path, model: Model) -> list[Path]:
     state, metadata = lora_state(_merged(edit), model.arch)
     file = path if path.suffix == ".safetensors" else path / LORA_FILE
-    return [_save(state, file, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)})]
+    return _save_lora(edit, model, state, file, {"lora_adapter_metadata": json.dumps(metadata, sort_keys=True)})
 
 
 def _kohya_lora(edit: Edit, path: Path, model: Model) -> list[Path]:
@@ -131,7 +147,13 @@ def _kohya_lora(edit: Edit, path: Path, model: Model) -> list[Path]:
         "ss_output_name": file.stem,
         "ss_tag_frequency": json.dumps({file.stem: dict.fromkeys(words, 1)} if words else {}),
     }
-    return [_save(state, file, {"format": "pt", **metadata})]
+    return _save_lora(edit, model, state, file, metadata)
+
+
+def _save_lora(edit: Edit, model: Model, state: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> list[Path]:
+    """The LoRA, and the edit's new words beside it."""
+    words = _embedding(edit, file.parent / WORDS_FOLDER, model)  # first: it may refuse them
+    return [_save(state, file, {"format": "pt", **metadata}), *words]
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
