@@ -16,7 +16,10 @@ from toolkit.runs import cache_folder, replacing
 
 
 def cached(room: str, key: Any, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `make` gives, from the file of a former call with the same key when there is one, and then on the CPU.
+    """What `make` gives, on the CPU; from the file of a former call with the same key when there is one.
+
+    It is contiguous then as it is at the first call: of tensors that differ in their strides alone layers give results that differ in
+    rounding, so that a run would not go on as it began.
 
     room: the folder in `cache_folder`. key: everything that decides the result, as JSON. A folder that cannot be written is warned of.
     """
@@ -27,11 +30,11 @@ def cached(room: str, key: Any, make: Callable[[], dict[str, Tensor]]) -> dict[s
     try:
         return load_file(path)
     except (OSError, SafetensorError):  # not there, or damaged: it can be computed again
-        made = make()
+        made = {name: value.detach().cpu().contiguous() for name, value in make().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            save_file({name: value.detach().cpu().contiguous() for name, value in made.items()}, temporary)
+            save_file(made, temporary)
     except OSError as error:
         warnings.warn(f"cannot keep the {room} in {folder} ({error}); set PALIMPSEST_CACHE to a folder, or to off", stacklevel=2)
     return made

@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from toolkit import registry
+from tests.shared_data import shared
 from toolkit.arch.sd import SD
 from toolkit.arch.sdxl import SDXL
 from toolkit.cli import main
@@ -33,15 +33,6 @@ SITE = f"denoiser.{ATTENTION}.to_k"
 CONVOLUTION = "denoiser.mid_block.attentions.0.proj_in"
 TEXT = "text_encoder.encoder.layers.1.self_attn.q_proj"
 OUT, TEXT_OUT = "to_out.0", "out_proj"
-SHARED = [parent / "shared" / "data" / "adapters" for parent in registry.ROOT.parents]
-
-
-def real_file(name: str) -> Path:
-    """A file of the data that is not part of the project."""
-    for folder in SHARED:
-        if (folder / name).is_file():
-            return folder / name
-    pytest.skip(f"needs {name}, which is not part of the project")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -279,11 +270,11 @@ def test_real_files_that_are_refused(tiny: Model) -> None:
         ("flux_erase_lora.safetensors", r"changes 38 layers that sd \(sd\) does not have, e\.g\. transformer\."),
     ]:
         with pytest.raises(UserError, match=message):
-            load_edit(real_file(name), tiny)
+            load_edit(shared(f"adapters/{name}"), tiny)
 
 
 def test_the_layers_of_a_real_lora() -> None:
-    path = real_file("flux_erase_lora.safetensors")
+    path = shared("adapters/flux_erase_lora.safetensors")
     layers = lora_layers(str(path), {}, load_file(path))
     endings = ("attn.add_k_proj", "attn.add_q_proj")
     assert set(layers) == {f"transformer.transformer_blocks.{block}.{ending}" for block in range(19) for ending in endings}

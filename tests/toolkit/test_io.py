@@ -250,6 +250,25 @@ def test_embedding_files(tmp_path: Path) -> None:
         export(Chain.of([token("<toy>"), token("toy")]), "embedding", tmp_path)
 
 
+@pytest.mark.parametrize("format", ["diffusers-lora", "kohya-lora"])
+def test_new_words_are_written_beside_a_lora(tiny: Model, tmp_path: Path, format: str) -> None:
+    """Not in its file, where diffusers would refuse them; and a folder has one LoRA still, which needs no name."""
+    edit, prompt = Chain.of([token("<toy>", 2), low_rank(tiny), token("<pal>")]), "a photo of a <toy> and a <pal>"
+    with tiny.attached(edit):
+        expected = picture(tiny.arch.pipe, prompt)
+    lora, *words = export(edit, format, tmp_path, tiny)
+    assert [path.relative_to(tmp_path).as_posix() for path in words] == ["embeddings/toy.safetensors", "embeddings/pal.safetensors"]
+    assert all(".lora_" in key or key.endswith(".alpha") for key in load_file(lora))
+    pipe: Any = SD.tiny().pipe
+    pipe.load_lora_weights(tmp_path)
+    pipe.load_textual_inversion(words)
+    assert_draws(pipe, expected, prompt)
+    same_names = Chain.of([token("<toy>"), token("toy"), low_rank(tiny)])
+    with pytest.raises(UserError, match="same file names"):
+        export(same_names, format, tmp_path / "other", tiny)
+    assert not (tmp_path / "other").exists()
+
+
 def test_delta_has_the_names_of_the_checkpoint(tiny: Model, tmp_path: Path) -> None:
     edit = Chain.of([low_rank(tiny), delta()], [0.5, 1.0])
     [path] = export(edit, "delta", tmp_path / "delta.safetensors", tiny)
@@ -285,6 +304,8 @@ def test_exports_that_are_not_possible(tiny: Model, tmp_path: Path) -> None:
         (token(), "diffusers-lora", tiny, "a token edit cannot be written as diffusers-lora; export it as embedding or checkpoint"),
         (Chain.of([low_rank(tiny), delta()]), "diffusers-lora", tiny, "a delta edit cannot be written"),
         (low_rank(tiny), "embedding", tiny, "a low_rank edit cannot be written as embedding"),
+        (Chain.of([token(), low_rank(tiny)]), "embedding", tiny, "; export it as diffusers-lora or kohya-lora or checkpoint"),
+        (Chain.of([token(), delta()]), "kohya-lora", tiny, "a delta edit cannot be written as kohya-lora; export it as checkpoint"),
         (low_rank(tiny), "diffuser-lora", tiny, "did you mean diffusers-lora"),
         (low_rank(tiny), "delta", None, "give --model"),
     ]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from toolkit.arch.ldm import unet_key
 from toolkit.arch.sd import SD
 from toolkit.arch.sdxl import SDXL
+from toolkit.arch.single_file import CONFIGS
 from toolkit.edits.base import EditInfo
 from toolkit.edits.chain import Chain
 from toolkit.edits.low_rank import LowRank
@@ -132,6 +135,31 @@ def test_keys(family: str, golden: dict[str, str], tmp_path: Path) -> None:
     rest = {key.partition(".")[0].rpartition("self_attn_")[2] for key in written}
     assert len(written) == 9 and len(rest) == 3 and rest < {"q_proj", "k_proj", "v_proj", "out_proj"}, "what completes an attention"
     assert not any(tensor.any() for key, tensor in written.items() if key.endswith("weight"))
+
+
+A1111 = [  # how it makes the original name of a layer of SD 1 of ours, for blocks of the real number: extensions-builtin/Lora/networks.py
+    (r"down_blocks_(\d)_(attentions|resnets)_(\d)_(.+)", lambda i, what, j, rest: f"input_blocks_{3 * i + j + 1}_{INSIDE[what]}_{rest}"),
+    (r"up_blocks_(\d)_(attentions|resnets)_(\d)_(.+)", lambda i, what, j, rest: f"output_blocks_{3 * i + j}_{INSIDE[what]}_{rest}"),
+    (r"mid_block_attentions_0_(.+)", lambda rest: f"middle_block_1_{rest}"),
+    (r"mid_block_resnets_(\d)_(.+)", lambda j, rest: f"middle_block_{2 * j}_{rest}"),
+    (r"down_blocks_(\d)_downsamplers_0_conv", lambda i: f"input_blocks_{3 * i + 3}_0_op"),
+    (r"up_blocks_(\d)_upsamplers_0_conv", lambda i: f"output_blocks_{3 * i + 2}_{2 if i else 1}_conv"),
+    (r"time_embedding_linear_(\d)", lambda i: f"time_embed_{2 * i - 2}"),
+    (r"conv_in", lambda: "input_blocks_0_0"),
+    (r"conv_out", lambda: "out_2"),
+]
+INSIDE = {"attentions": 1, "resnets": 0}
+RESNET = {"conv1": "in_layers_2", "conv2": "out_layers_3", "time_emb_proj": "emb_layers_1", "conv_shortcut": "skip_connection"}
+
+
+def test_a1111_puts_every_layer_of_stable_diffusion_1_in_its_place() -> None:
+    arch = SD.hollow(CONFIGS / "sd1")
+    for site in arch.denoiser_layers():
+        path = arch.kohya_lora_keys(site)[0].removeprefix("lora_unet_")
+        [(found, make)] = [(found, make) for pattern, make in A1111 if (found := re.fullmatch(pattern, path))]
+        groups = [int(group) if group.isdecimal() else RESNET.get(group, group) for group in found.groups()]
+        own = unet_key(f"{site.removeprefix('denoiser.')}.weight", arch.pipe.unet.config)
+        assert make(*groups) == own.removesuffix(".weight").replace(".", "_"), site
 
 
 def test_alpha_is_the_rank(model: Model, tmp_path: Path) -> None:
