@@ -1,7 +1,4 @@
-"""The Gradio app: draw a prompt with and without edits, side by side, from the same noise.
-
-It holds no logic of its own: images come from the sampler, edits from their files.
-"""
+"""The Gradio app. It holds no logic of its own: its tabs are found in tabs/, and what they do is done below."""
 
 from __future__ import annotations
 
@@ -9,67 +6,81 @@ import os
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
-from toolkit.commands import add_model_arguments, open_model
-from toolkit.errors import PalimpsestError, UserError
+from toolkit.commands import add_model_arguments
+from toolkit.errors import UserError
 
 if TYPE_CHECKING:
     import gradio as gr
-    from PIL import Image
 
-    from toolkit.model import Model
+    from tabs.base import App
 
-HELP = "open the app in the browser: compare a model with its edited version"
-MAX_STEPS = 100
+HELP = "open the app in the browser: compare a model with its edited version, erase, look at jobs"
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--port", type=int, default=7860, help="port on this machine (default %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="port (default %(default)s)")
+    parser.add_argument("--host", default=LOCAL[0], help="address to listen on (default %(default)s); any that is not local needs --auth")
+    parser.add_argument("--share", action="store_true", help="also through Gradio's public tunnel; needs --auth")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these")
+    parser.add_argument("--folder", default="out/app", metavar="DIR", help="the only place that is read and written (default %(default)s)")
+    parser.add_argument("--allow-hub", action="store_true", help="also load models by their hub ids")
 
 
 def run(args: Namespace) -> dict[str, Any]:
-    """Serve on localhost until interrupted. Gives `app`, the address."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    """Serve until interrupted. Gives `app`, the address."""
+    auth = credentials(args)
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if not args.allow_hub:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from tabs.base import App
+    from toolkit.runs import limit_memory
+
+    app = App.of(args)
+    if app.shelf.model.arch.device.type == "cpu":
+        limit_memory()
     try:
-        build(open_model(args)).launch(server_name="127.0.0.1", server_port=args.port, share=False)
+        serve(app, args, auth)
     except OSError as error:
         raise UserError(f"cannot listen on port {args.port} ({error}); give another --port") from None
-    return {"app": f"http://127.0.0.1:{args.port}"}
+    finally:
+        app.jobs.close()
+    return {"app": f"http://{args.host}:{args.port}"}
 
 
-def build(model: Model) -> gr.Blocks:
-    """The page for a model with edits attached: each gets a slider for its strength."""
-    import gradio as gr
+def credentials(args: Namespace) -> tuple[str, str] | None:
+    """Who may come in. None is whoever reaches this machine's own address; for others to reach it without is a UserError."""
+    if args.auth is None:
+        if args.share or args.host not in LOCAL:
+            raise UserError("with --share or another --host anybody could use this machine; give --auth USER:PASSWORD too")
+        return None
+    user, _, password = args.auth.partition(":")
+    if not user or len(password) < 8:
+        raise UserError("--auth needs a user and a password of at least 8 characters; write --auth USER:PASSWORD")
+    return user, password
 
-    edits = [edit for edit, _ in model.edits]
 
-    def compare(prompt: str, seed: float, steps: float, guidance: float, *scales: float) -> tuple[Image.Image, Image.Image]:
-        from toolkit.sample import generate
+def serve(app: App, args: Namespace, auth: tuple[str, str] | None = None, *, block: bool = True) -> gr.Blocks:
+    """Launch the page; with `block` until interrupted."""
+    os.environ["GRADIO_TEMP_DIR"] = str(app.workspace.folder / "cache")
+    from tabs import looks
+    from tabs.page import build
 
-        options: dict[str, Any] = {"steps": max(1, min(int(steps), MAX_STEPS)), "guidance": guidance}
-        try:
-            model.detach_all()
-            before = generate(model, [prompt], [int(seed)], **options)[0]
-            for edit, scale in zip(edits, scales, strict=True):
-                model.attach(edit, scale)
-            return before, generate(model, [prompt], [int(seed)], **options)[0]
-        except PalimpsestError as error:
-            raise gr.Error(str(error)) from None
-
-    with gr.Blocks(title="Palimpsest") as page:
-        gr.Markdown(f"# Palimpsest\n{model.source}, with {len(edits)} edit{'s' * (len(edits) != 1)}. Left: without, right: with.")
-        prompt = gr.Textbox("a pistol on a red background", label="Prompt", max_length=500)
-        with gr.Row():
-            seed = gr.Number(0, label="Seed", precision=0)
-            steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Steps")
-            guidance = gr.Slider(1, 15, model.guidance, label="Guidance scale")
-        names = [f"{edit.info.method or edit.kind()} {' '.join(edit.info.triggers)}".strip() for edit in edits]
-        scales = [
-            gr.Slider(0, 2, scale, label=f"Strength of {name}", interactive=edit.scalable)
-            for name, (edit, scale) in zip(names, model.edits, strict=True)
-        ]
-        button = gr.Button("Draw", variant="primary")
-        slider = gr.ImageSlider(label="without | with", height=512)
-        # One job at a time: the model is one, and its edits come and go.
-        button.click(compare, [prompt, seed, steps, guidance, *scales], slider, concurrency_limit=1, api_name="compare")
+    app.limits.enforce()
+    page = build(app)
+    page.launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=args.share,
+        auth=auth,
+        max_file_size=app.limits.bytes,
+        ssr_mode=False,
+        mcp_server=False,
+        run_history=False,
+        enable_monitoring=False,
+        prevent_thread_lock=not block,
+        quiet=not block,
+        **looks.launching(),
+    )
     return page

@@ -1,4 +1,4 @@
-"""Finds methods, architectures, edit kinds, attacks, metrics and commands by file, without importing them.
+"""Finds methods, architectures, edit kinds, attacks, metrics, tabs and commands by file, without importing them.
 
 The stem of a file is the name of what it defines. A file belongs to a kind when, at its top level, it defines exactly
 one public class that descends from the kind's base class (for commands: the functions `add_arguments` and `run`).
@@ -44,6 +44,7 @@ KINDS = {
     "edit": Kind("edit kind", ("toolkit/edits/*.py",), "toolkit.edits.base.Edit"),
     "attack": Kind("attack", ("eval/attacks/*.py",), "eval.attacks.base.Attack"),
     "metric": Kind("metric", ("eval/metrics/*.py",), "eval.metrics.base.Metric"),
+    "tab": Kind("tab", ("tabs/*.py",), "tabs.base.Tab"),
     "command": Kind("command", (*(f"{room}/commands/*.py" for room in ("toolkit", "pipelines", "trainers", "eval")), "app.py"), None),
 }
 

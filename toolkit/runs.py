@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,29 @@ def seeded(*key: str | int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
 
 
+Watcher = Callable[[str, int, int, dict[str, float]], bool]
+_WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(by: Watcher) -> Iterator[None]:
+    """Within the block, in this thread, `by` is told of every step that is done: (what, done, total, values such as the loss).
+
+    It returns whether training should go on. What it raises ends the work where it is.
+    """
+    token = _WATCHER.set(by)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
+
+
+def report(what: str, done: int, total: int, values: dict[str, float] | None = None) -> bool:
+    """Tell who watches that so many of `total` steps are done. Gives whether to go on: False asks training to end with what it has."""
+    watcher = _WATCHER.get()
+    return watcher is None or watcher(what, done, total, values or {})
+
+
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, shown on a terminal only. Yields a function to call with (done, total)."""
@@ -38,6 +62,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
+            report(title, done, total)
 
         yield show
 
@@ -98,6 +123,22 @@ def write_json(path: str | Path, value: Any) -> Path:
 def computes_in_bf16(device: str) -> bool:
     """Whether a kind of device ("cpu", "cuda") has instructions for bfloat16, rather than emulating them."""
     return torch.cpu._is_avx512_bf16_supported() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def limit_memory(share: float = 0.9) -> None:
+    """Let this process take so much of the memory that is free now and no more, where the system can be told.
+
+    More is then an error of whoever asked for it, and not the end of the process. For the CPU alone: drivers of accelerators map more.
+    """
+    try:
+        import resource
+
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (used + int(share * free), hard))
+    except (ImportError, OSError, ValueError):
+        return
 
 
 def is_main_process() -> bool:

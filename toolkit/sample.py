@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from toolkit.arch.text import Text
 from toolkit.errors import UserError
 from toolkit.images import to_pil
-from toolkit.runs import seeded
+from toolkit.runs import report, seeded
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -232,8 +232,11 @@ def _denoised(
             for step, t in enumerate(scheduler.timesteps[:until]):
                 state.step, state.t = step, t
                 _advance(state, scheduler, hooks, amp)
+                done, total = start * until + (step + 1) * count, len(prompts) * until
                 if progress:
-                    progress(start * until + (step + 1) * count, len(prompts) * until)
+                    progress(done, total)
+                else:
+                    report("draw", done, total)
         yield state
 
 

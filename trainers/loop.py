@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from toolkit.errors import PalimpsestError, UserError, unknown
-from toolkit.runs import TrainingRun, computes_in_bf16
+from toolkit.runs import TrainingRun, computes_in_bf16, report
 
 Precision = Literal["no", "bf16", "fp16", "auto"]
 ONE_COPY_EACH = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -128,8 +128,8 @@ def train(
     With EMA the module ends with the averaged weights. after: called in the main process with the number of finished steps after
     each step. in_place: the module stays on the device it is on; else it moves to the GPU when there is one. quiet: show progress
     on a terminal only. of: what is trained and on what; a checkpoint of something else is a UserError. A loss that is not finite
-    stops the run and leaves the last good checkpoint where it is. torch's random state is set from the seed for each part of a
-    step, and is afterwards as before.
+    stops the run and leaves the last good checkpoint where it is; who watches (`toolkit.runs.watched`) may end it early. torch's
+    random state is set from the seed for each part of a step, and is afterwards as before.
     """
     with torch.random.fork_rng():
         return _Training(objective, config, run or TrainingRun(), title, in_place, of).run(after, quiet)
@@ -186,6 +186,10 @@ class _Training:
                     self._save(self.out.folder, step)
                 if after is not None and main:
                     after(step)
+                if not report(self.title, step, total, {"loss": loss, **values}):
+                    if self.out.folder and self.out.checkpointing_steps:
+                        self._save(self.out.folder, step)
+                    break
         if self.ema is not None:
             self.ema.copy_to(self.parameters)
         if self.out.log_with:
@@ -300,7 +304,7 @@ def _checkpoints(folder: Path | None) -> Sequence[Path]:
 
 
 def resolve_precision(given: Precision, device: str) -> str:
-    """"no", "bf16" or "fp16": of "auto" what `accelerate launch` was told, else what the hardware is good at."""
+    """ "no", "bf16" or "fp16": of "auto" what `accelerate launch` was told, else what the hardware is good at."""
     if given != "auto":
         return given
     return os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if computes_in_bf16(device) else "no")

@@ -1,0 +1,51 @@
+"""What the project's own measurements say about a method: how long it took, what it left and kept, and with which options."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from eval import stored
+from eval.intervals import Estimate, rate
+from eval.rates import draws, object_right, relative
+from toolkit import registry
+
+
+@dataclass(frozen=True)
+class Known:
+    """tasks: how many were measured. seconds: median, of fitting. left: how often what was erased is drawn, asked by name; kept: how
+    much of everything else is, relative to before. options: those that are not the method's defaults."""
+
+    tasks: int
+    seconds: float
+    left: Estimate
+    kept: Estimate
+    options: dict[str, Any]
+
+
+@functools.cache
+def known(method: str) -> Known | None:
+    """What `eval/results/` holds about erasing single objects of the embedded world with a method; None when nothing."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(stored.RESULTS.glob(f"{method}-*.json"))]
+    cells = [cell for cell in found if cell.get("method") == method and _one_object(cell.get("task", {}))]
+    if not cells:
+        return None
+    named = [(cell["task"]["concepts"][0]["name"], stored.from_json(rows)) for cell in cells for rows in cell["images"].get("name", ())]
+    kept = [stored.from_json(rows) for cell in cells for rows in cell["images"].get("kept", ())]
+    before, after = [pair[0] for pair in kept], [pair[1] for pair in kept]
+    defaults = registry.load("method", method)().config()
+    return Known(
+        len(cells),
+        statistics.median(cell["seconds"] for cell in cells),
+        rate([draws(shown, {name}) for name, (_, shown) in named], [shown.prompt.text for _, (_, shown) in named]),
+        relative(before, after, object_right),
+        {key: value for key, value in cells[-1]["config"].items() if key in defaults and value != defaults[key]},
+    )
+
+
+def _one_object(task: dict[str, Any]) -> bool:
+    concepts = task.get("concepts", ())
+    return len(concepts) == 1 and concepts[0]["kind"] == "object"

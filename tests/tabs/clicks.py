@@ -1,0 +1,31 @@
+"""What people do in the app, for tests in a browser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PHONE = {"width": 390, "height": 844}
+
+
+def tab(page: Any, title: str) -> Any:
+    """Show a tab; gives what is in it."""
+    page.get_by_role("tab", name=title, exact=True).click()
+    return page.get_by_role("tabpanel").filter(visible=True)
+
+
+def ended(panel: Any, words: str = "Done in") -> None:
+    """Wait until the tab's job has ended, with these words."""
+    panel.get_by_role("status").get_by_text(words).wait_for()
+
+
+def choose(page: Any, panel: Any, label: str, option: str) -> None:
+    """Choose an option of a dropdown."""
+    panel.get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=option).first.click()
+
+
+def few_pictures(panel: Any) -> None:
+    """Make the Erase tab draw little."""
+    panel.get_by_role("button", name="Pictures and measurement").click()
+    panel.get_by_label("number input for Images").fill("1")
+    panel.get_by_label("number input for Steps of drawing").fill("4")
