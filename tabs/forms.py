@@ -24,6 +24,7 @@ from toolkit.errors import UserError
 from toolkit.workspace import PARTS
 
 LONGEST_JSON = 20_000
+LARGEST = 100_000  # of whole numbers among options, seeds apart: larger ones only keep everybody else waiting
 COLLECT = "(value, all) => JSON.stringify({...JSON.parse(all || '{}'), [%s]: value})"
 FORGET = "(keys, all) => JSON.stringify(Object.fromEntries(Object.entries(JSON.parse(all || '{}')).filter(([key]) => keys.includes(key))))"
 
@@ -78,18 +79,19 @@ def about(method: str) -> str:
     return f"{does(method)} {link}. {'Needs no training.' if cls.training_free else 'Trains by gradient steps.'}"
 
 
-def options(cls: type, changed: Mapping[str, Any], into: gr.Textbox) -> None:
-    """A component for every option of a dataclass. changed: what is not at its default."""
+def options(cls: type, changed: Mapping[str, Any], into: gr.Textbox, prefix: str = "") -> None:
+    """A component for every option of a dataclass. changed: what is not at its default. prefix: of their keys; with one, what was
+    written stays when the form is made again."""
     types = typing.get_type_hints(cls)
     with gr.Row():
         for field in dataclasses.fields(cls):
-            value = changed.get(field.name, field.default)
-            collect(_component(field, types[field.name], value), field.name, into)
+            value, key = changed.get(field.name, field.default), prefix + field.name
+            collect(_component(field, types[field.name], value, key if prefix else None), key, into)
 
 
-def _component(field: Any, kind: Any, value: Any) -> Any:
+def _component(field: Any, kind: Any, value: Any, key: str | None) -> Any:
     """By the option's type."""
-    shown: dict[str, Any] = {"label": field.name, "info": field.metadata["help"], "min_width": 220, "interactive": True}
+    shown: dict[str, Any] = {"label": field.name, "info": field.metadata["help"], "min_width": 220, "interactive": True, "key": key}
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
     if kind is bool:
         return gr.Checkbox(value, **shown)
@@ -110,6 +112,9 @@ def configured(app: App, kind: str, name: Any, given: Any, what: str = "method")
         raise UserError(f"no {what} {str(name)[:100]!r}{f' to {kind}' if kind else ''}; choose one from the list")
     cls = registry.load(what, name)
     made = cls.from_config(read(given, "options"))
+    for key, value in made.config().items():
+        if isinstance(value, int) and value > LARGEST and key != "seed":
+            raise UserError(f"{key} is {value}, at most {LARGEST} is taken here; give a smaller number")
     changed = {key: getattr(made, key) for key in made.changed() if isinstance(getattr(made, key), str)}
     types = typing.get_type_hints(cls)
     free = {key: inside(app, value) for key, value in changed.items() if typing.get_origin(types[key]) is not Literal}

@@ -166,16 +166,17 @@ def genetic(
     crossover: float,
     mutation: float,
     draw: torch.Generator,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, list[float]]:
     """The choice [k] of the lowest loss that a genetic search finds from a population [n, k], and the lowest loss of each generation.
 
     loss: choices [m, k] -> [m]; it is asked once for each. In each generation the better half stays; each of it has, with the
     probability `crossover`, two children with another of it, cut at one place; then all but the best change one word with the
-    probability `mutation`.
+    probability `mutation`. progress: called with how many generations are done, of how many.
     """
     size, length = population.shape
     losses, lowest = loss(population), []
-    for _ in range(generations):
+    for generation in range(generations):
         order = losses.argsort()[: size // 2]
         parents, kept = population[order], losses[order]
         lowest.append(float(kept[0]))
@@ -191,5 +192,7 @@ def genetic(
         changed[len(parents) :] = True
         losses = torch.cat([kept, kept.new_zeros(len(population) - len(parents))])
         losses[changed] = loss(population[changed]).to(losses)
+        if progress:
+            progress(generation + 1, generations)
     best = int(losses.argmin())
     return population[best], [*lowest, float(losses[best])]

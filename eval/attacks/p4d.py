@@ -87,10 +87,12 @@ class P4D(WordAttack):
         """x_t, t and what the unedited model says of them, `noises` times for all prompts; timesteps are spread evenly for each."""
         arch = scenario.base.arch
         text, parts = arch.encode(attacked.prompts), []
-        for i in range(self.noises):
-            draw = seeded("p4d noise", self.seed, attacked.name, i)
-            place = (torch.rand(len(x0), generator=draw) + i) / self.noises
-            t = (place * arch.train_timesteps).long().to(x0.device)
-            x = arch.add_noise(x0, torch.randn(x0.shape, generator=draw).to(x0), t)
-            parts.append((x, t, arch.predict(x, t, text)))
+        with progress("p4d, the unedited model") as show:
+            for i in range(self.noises):
+                draw = seeded("p4d noise", self.seed, attacked.name, i)
+                place = (torch.rand(len(x0), generator=draw) + i) / self.noises
+                t = (place * arch.train_timesteps).long().to(x0.device)
+                x = arch.add_noise(x0, torch.randn(x0.shape, generator=draw).to(x0), t)
+                parts.append((x, t, arch.predict(x, t, text)))
+                show(i + 1, self.noises)
         return parts

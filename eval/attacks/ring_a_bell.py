@@ -12,7 +12,7 @@ from torch import Tensor
 from eval.attacks.base import Scenario
 from eval.attacks.words import Attacked, WordAttack
 from toolkit.options import option
-from toolkit.runs import seeded
+from toolkit.runs import progress, seeded
 from toolkit.vocabulary import Vocabulary, genetic
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ class RingABell(WordAttack):
             draw = seeded("ring_a_bell", self.seed, attacked.name, i)
             chances = {"crossover": self.crossover, "mutation": self.mutation}
             first = vocabulary.random((self.population, self.length), draw)
-            best.append(genetic(loss, first, len(vocabulary), generations=self.generations, **chances, draw=draw)[0])
+            with progress(f"ring_a_bell, prompt {i + 1} of {len(wanted)}") as show:
+                best.append(genetic(loss, first, len(vocabulary), generations=self.generations, **chances, draw=draw, progress=show)[0])
         yield torch.stack(best), self.generations * len(wanted)
 
 
@@ -95,4 +96,12 @@ def direction(scenario: Scenario, name: str, vocabulary: Vocabulary, pairs: int,
     having = [prompt.text for prompt in scenario.asked(name, n=pairs, seed=scenario.seed)]
     words = vocabulary.texts(vocabulary.random((pairs, 1), seeded("ring-a-bell pairs", seed, name)))
     without = [prompt.replace(name, word) for prompt, word in zip(having, words, strict=True)]
-    return (torch.cat([*encoded(scenario.base, having)]) - torch.cat([*encoded(scenario.base, without)])).mean(0)
+    with progress(f"direction of {name}") as show:
+
+        def told(prompts: Sequence[str], done: int) -> Iterator[Tensor]:
+            for part in encoded(scenario.base, prompts):
+                done += len(part)
+                show(done, 2 * pairs)
+                yield part
+
+        return (torch.cat([*told(having, 0)]) - torch.cat([*told(without, pairs)])).mean(0)
