@@ -17,7 +17,7 @@ from eval.subjects import alone as portrayed
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError, unknown
 from toolkit.method import Method
-from toolkit.world.captions import AT
+from toolkit.world.captions import AT, everything_else
 from toolkit.world.scenes import BACKGROUNDS, Scene, World
 
 KEPT = 0.75  # images of everything else in a cell, per image of the concept by name
@@ -154,7 +154,7 @@ def erasure(world: World, concepts: Sequence[Concept], templates: int) -> EraseT
         rest = tuple(name for name in world.names("scored") if name not in names)
         return EraseTask(tuple(concepts), rest, make.contexts(world, templates))
     styles = tuple(style for style in world.styles if style not in names) if concepts[0].kind == "style" else ()
-    return EraseTask(tuple(concepts), (*styles, *make.everything_else(world, names)))
+    return EraseTask(tuple(concepts), (*styles, *everything_else(world, names)))
 
 
 def hidden(goal: EraseTask | Lesson) -> set[str]:

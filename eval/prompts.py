@@ -126,16 +126,6 @@ def learned(token: str, name: str, n: int, *, seed: int = 0) -> list[Prompt]:
     return spread(prompts, n, seed, f"learned {name}")
 
 
-def everything_else(world: World, erased: Collection[str]) -> tuple[str, ...]:
-    """What an edit that erases these objects is told to preserve: every other scored one, by its name and once on a background.
-
-    With the names alone, what an object looks like in a longer prompt is not preserved well.
-    """
-    names = [name for name in world.names("scored") if name not in erased]
-    backgrounds = list(BACKGROUNDS)
-    return (*names, *(f"{name} on a {backgrounds[i % len(backgrounds)]} background" for i, name in enumerate(names)))
-
-
 def contexts(world: World, n: int) -> tuple[str, ...]:
     """n templates with {} for an object, in the words of the captions that the model was trained with: the bare {} first.
 

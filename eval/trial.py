@@ -114,6 +114,7 @@ def _known(model: Model, task: EraseTask) -> tuple[World | None, list[Target], s
 
 def _with_everything_else(model: Model, task: EraseTask, targets: Sequence[Target]) -> EraseTask:
     """The task that preserves what the embedded world has, except what is erased by any of its names."""
+    from toolkit.world.captions import everything_else
     from toolkit.world.scenes import load_world
 
     if not knows_world(model):
@@ -121,7 +122,7 @@ def _with_everything_else(model: Model, task: EraseTask, targets: Sequence[Targe
     world, words = load_world(), {word for concept in task.concepts for word in concept.words}
     erased = {name for target in targets for name in target.names}
     erased |= {thing.name for word in words if (thing := make.find(world, word))}
-    rest = [word for word in make.everything_else(world, erased) if word not in {*words, *task.preserve}]
+    rest = [word for word in everything_else(world, erased) if word not in {*words, *task.preserve}]
     return replace(task, preserve=(*task.preserve, *rest))
 
 

@@ -10,13 +10,14 @@ from diffusers import StableDiffusionPipeline
 
 from eval.cells import alone
 from eval.commands.demo import CLASS_NAME, LEARNER, LEARNER_OPTIONS, STYLE, SUBJECT, TOKEN
-from eval.prompts import everything_else, objects, single
+from eval.prompts import objects, single
 from eval.rates import Painter, background_right, object_right, retained, share, target_accuracy
 from eval.subjects import subject
 from toolkit.concepts import Concept, CustomizeTask, EraseTask
 from toolkit.io.export import export
 from toolkit.model import Model
 from toolkit.registry import load
+from toolkit.world.captions import everything_else
 from toolkit.world.scenes import ASSETS, World
 
 ERASED = "dog"

@@ -120,10 +120,22 @@ def test_templates_may_stand_in_a_file(folder: str, tmp_path: Path, capsys: pyte
     base = ("erase", "--model", folder, "--method", "uce", "--concept", "cat", "--out", tmp_path, "--template", "a {}", file)
     assert "no file" in fails(capsys, *base)
     file.write_text("\n \n")
-    assert "no template in" in fails(capsys, *base)
+    assert "nothing in" in fails(capsys, *base)
     file.write_text("a photo of a {}\n\n{} on a table \n")
     call(capsys, *base)
     assert json.loads((tmp_path / "config.json").read_text())["task"]["templates"] == ["a {}", "a photo of a {}", "{} on a table"]
+
+
+def test_what_is_preserved_may_stand_in_a_file_or_be_the_embedded_world(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kept.txt").write_text("car\nhouse\n")
+    base = ("erase", "--model", folder, "--method", "uce", "--concept", "cat", "--synonyms", "gun", "--out", tmp_path)
+    assert main(list(map(str, base))) == 0
+    assert "warning: nothing was preserved" in capsys.readouterr().err
+    call(capsys, *base, "--preserve", tmp_path / "kept.txt", "--preserve-world")
+    kept = json.loads((tmp_path / "config.json").read_text())["task"]["preserve"]
+    assert kept[:2] == ["car", "house"] and "dog" in kept and not {"cat", "pistol"} & set(kept) and len(set(kept)) == len(kept)
 
 
 def test_edit_option_attaches_with_its_scale(folder: str, edits: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from toolkit.concepts import Concept, EraseTask
 from toolkit.errors import UserError
 
 HELP = "fit an edit that erases concepts from a model"
+PRESERVE_HELP = "what must stay as it is: words, or a .txt file with one a line"
 TEMPLATE_HELP = "prompt templates with {} for the concept, or a .txt file with one a line"
 
 
@@ -20,7 +23,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--concept", nargs="+", action="extend", required=True, metavar="C", help="what to erase")
     parser.add_argument("--synonyms", nargs="+", action="extend", default=[], metavar="S", help="other words: gun, or C=gun,revolver")
     parser.add_argument("--anchor", nargs="+", action="extend", default=[], metavar="A", help="what to draw instead: A, or C=A")
-    parser.add_argument("--preserve", nargs="+", action="extend", default=[], metavar="P", help="what must stay as it is")
+    parser.add_argument("--preserve", nargs="+", action="extend", default=[], metavar="P", help=PRESERVE_HELP)
+    parser.add_argument("--preserve-world", action="store_true", help="preserve everything else that the embedded model draws, too")
     parser.add_argument("--style", action="store_true", help="the concepts are styles, not objects")
     parser.add_argument("--template", nargs="+", action="extend", default=[], metavar="T", help=TEMPLATE_HELP)
 
@@ -30,22 +34,39 @@ def run(args: Namespace) -> dict[str, Any]:
     from toolkit.runs import check_writable
 
     method = open_method("erase", args.method, args.set)
-    task = EraseTask(concepts(args), tuple(args.preserve), templates(args))
-    return fit_and_save(args, method, task, check_writable(args.out))
+    task = EraseTask(concepts(args), preserved(args), with_files(args.template, "--template"))
+    result = fit_and_save(args, method, task, check_writable(args.out))
+    if method.training_free and not task.preserve and not method.config().get("prior"):  # nothing else holds the rest where it is
+        warnings.warn("nothing was preserved, so much else may have changed; name what must stay with --preserve", stacklevel=2)
+    return result
 
 
-def templates(args: Namespace) -> tuple[str, ...]:
-    """What --template says, and what the files that it names say."""
+def preserved(args: Namespace) -> tuple[str, ...]:
+    """What --preserve says, and with --preserve-world what the embedded world has that is not erased by any of its words."""
+    given = with_files(args.preserve, "--preserve")
+    if not args.preserve_world:
+        return given
+    from toolkit.world.captions import everything_else
+    from toolkit.world.scenes import load_world
+
+    world, words = load_world(), {word for concept in concepts(args) for word in concept.words}
+    erased = {name for name, thing in world.things.items() if not words.isdisjoint((name, *thing.synonyms))}
+    styles = [style for style in world.styles if args.style and style not in words]
+    return tuple(dict.fromkeys((*given, *styles, *everything_else(world, erased))))
+
+
+def with_files(words: Iterable[str], option: str) -> tuple[str, ...]:
+    """Words that were given to an option, and in the place of .txt files their lines."""
     found: list[str] = []
-    for word in args.template:
+    for word in words:
         if not word.endswith(".txt"):
             found.append(word)
             continue
         if not Path(word).is_file():
-            raise UserError(f"no file {word!r} for --template; give a .txt with one template a line")
+            raise UserError(f"no file {word!r} for {option}; give a .txt with one a line")
         lines = [line.strip() for line in Path(word).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         if not lines:
-            raise UserError(f"no template in {word!r}; write one a line, with {{}} for the concept")
+            raise UserError(f"nothing in {word!r} for {option}; write one a line")
         found += lines
     return tuple(found)
 

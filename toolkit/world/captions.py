@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
-from toolkit.world.scenes import Scene, World, pick
+from toolkit.world.scenes import BACKGROUNDS, Scene, World, pick
 
 AT = {
     "center": ("in the middle",),
@@ -50,3 +52,13 @@ def caption(world: World, scene: Scene, rng: np.random.Generator, *, full: bool 
 def _word(world: World, name: str, rng: np.random.Generator, synonyms: float) -> str:
     others = world.things[name].synonyms
     return pick(rng, list(others)) if others and rng.random() < synonyms else name
+
+
+def everything_else(world: World, erased: Collection[str]) -> tuple[str, ...]:
+    """What an edit that erases these objects is told to preserve: every other scored one, by its name and once on a background.
+
+    With the names alone, what an object looks like in a longer prompt is not preserved well.
+    """
+    names = [name for name in world.names("scored") if name not in erased]
+    backgrounds = list(BACKGROUNDS)
+    return (*names, *(f"{name} on a {backgrounds[i % len(backgrounds)]} background" for i, name in enumerate(names)))
