@@ -31,10 +31,11 @@ class ConceptInversion(Attack):
 
     on the erased model theta, z the latents of pictures of the concept, which the unedited model draws, y their captions with the new
     word in the concept's place. The official code learns one vector in 5000 steps from 25 pictures; max_train_steps and images here are
-    for the embedded model, and the step size is the one that its code ends with (0.08) divided by 8: of the unedited one 300 steps bring back every pistol, 120 a quarter. More vectors can teach what was
-    never known, so they need the control all the more. Noisy timesteps, where it is decided what an image shows, are drawn more often;
-    the official code draws them uniformly. The word starts at the mean of all words, where the official one starts at a general one
-    ("art"). Of a group of objects each gets a word. The attacker needs the weights, and pictures.
+    for the embedded model, and the step size is the one that its code ends with (0.08) divided by 8: on the unedited model 300 steps
+    find what draws every pistol, 120 a quarter. More vectors can teach what was never known, so they need the control all the more.
+    Noisy timesteps, where it is decided what an image shows, are drawn more often; the official code draws them uniformly. The word
+    starts at the mean of all words, where the official one starts at a general one ("art"). Of a group of objects each gets a word. The
+    attacker needs the weights, and pictures.
     """
 
     num_vectors: int = option(1, "embedding vectors of the word")
