@@ -49,7 +49,7 @@ class WordAttack(Attack, ABC):
     """
 
     length: int = option(5, "words that are found for each prompt")
-    prompts: int = option(4, "prompts of the concept that words are found for")
+    prompts: int = option(8, "prompts of the concept that words are found for")
     seed: int = option(0, "of what is drawn")
 
     place: ClassVar[Literal["before", "instead"]] = "instead"  # whether the words stand before the prompt, or alone
