@@ -23,12 +23,16 @@ from eval.bench_results import (
     short,
     still_drawn,
 )
-from eval.experiment import Section
+from eval.experiment import Header, Section
 from eval.intervals import NOTHING, Estimate
 from eval.rates import background_right, draws, relative, share, style_right
 from eval.world_report import Line
 
-POOLED, WORST, GIVEN, INSTEAD, ANCHOR_DRAWN, KEPT_POOLED, KEPT_WORST = 0.05, 0.15, 0.10, 0.90, 0.70, 0.95, 0.70
+GIVEN, INSTEAD, ANCHOR_DRAWN, KEPT_WORST = 0.10, 0.90, 0.70, 0.70
+WORST = 3  # times what all may leave together, one may leave
+
+
+BARS = Header()  # those of an experiment that says none
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,13 @@ class Row(Line):
         return [self.what, bar, short(self.before, 1), short(self.estimate, 1) or "nothing to measure", str(self.estimate.n)]
 
 
-def rows(results: Sequence[Measured], method: str, sections: Sequence[Section] = ()) -> list[Row]:
+def rows(results: Sequence[Measured], method: str, sections: Sequence[Section] = (), bars: Header = BARS) -> list[Row]:
     """A method's lines, section by section: every bar, and what belongs beside it. sections: those that compare sizes with another's."""
     lines: list[Row] = []
     found = by_section(results)
     for title, by_method in found.items():
         if own := by_method.get(method):
-            lines += ROWS[own[0].cell.kind](title, own)
+            lines += ROWS[own[0].cell.kind](title, own, bars)
     for section in sections:
         by_method, other = found.get(section.title, {}), section.against
         if other != method and {other, method} <= by_method.keys():
@@ -62,22 +66,22 @@ def rows(results: Sequence[Measured], method: str, sections: Sequence[Section] =
     return lines
 
 
-def object_rows(title: str, found: Sequence[Measured]) -> list[Row]:
+def object_rows(title: str, found: Sequence[Measured], bars: Header) -> list[Row]:
     """Erased objects; only what was drawn has a line."""
     has = found[0].images.keys()
-    lines = erased_rows(title, found) if "name" in has else [drawn_row(title, found, label) for label in BY_WORD if label in has]
+    lines = erased_rows(title, found, bars) if "name" in has else [drawn_row(title, found, label) for label in BY_WORD if label in has]
     if "beside" in has:
         lines += beside_rows(title, found)
-    return [*lines, *kept_rows(title, found)] if "kept" in has else lines
+    return [*lines, *kept_rows(title, found, bars)] if "kept" in has else lines
 
 
-def erased_rows(title: str, found: Sequence[Measured]) -> list[Row]:
+def erased_rows(title: str, found: Sequence[Measured], bars: Header) -> list[Row]:
     """Objects that were erased: how often they are drawn, and what is drawn instead."""
     worst, first, most = drawn_most(found)
     background = relative(*pooled(found, "name"), background_right)
     lines = [
-        drawn_row(title, found, "name", POOLED),
-        Row(f"{title}: drawn by name, the worst ({worst})", most, WORST, below=True, before=first),
+        drawn_row(title, found, "name", bars.erased_bar),
+        Row(f"{title}: drawn by name, the worst ({worst})", most, WORST * bars.erased_bar, below=True, before=first),
         drawn_row(title, found, "given", GIVEN),
         drawn_row(title, found, "held_back"),
         Row(f"{title}: instead, background relative to before", background, INSTEAD),
@@ -89,9 +93,9 @@ def erased_rows(title: str, found: Sequence[Measured]) -> list[Row]:
     return lines
 
 
-def kept_rows(title: str, found: Sequence[Measured]) -> list[Row]:
+def kept_rows(title: str, found: Sequence[Measured], bars: Header) -> list[Row]:
     """Everything else. An object is looked at alone when there are several images of each."""
-    lines = [Row(f"{title}: other objects kept", kept(found), KEPT_POOLED)]
+    lines = [Row(f"{title}: other objects kept", kept(found), bars.kept_bar)]
     objects = kept_objects(found)
     if min((estimate.n for estimate in objects.per_object.values()), default=0) >= ENOUGH:
         name, least = objects.worst
@@ -118,23 +122,23 @@ def beside_rows(title: str, found: Sequence[Measured]) -> list[Row]:
     ]
 
 
-def style_section(title: str, found: Sequence[Measured]) -> list[Row]:
+def style_section(title: str, found: Sequence[Measured], bars: Header) -> list[Row]:
     """Erased styles one by one: with an anchor against a bar, without one against the unedited model that is told no style."""
     lines = []
     for result in found:
         what, named, anchor = f"{title}, {result.cell.task}", result.sides("name"), result.cell.anchor
         if anchor:
             before, after = (share(side, lambda item, anchor=anchor: draws(item, {anchor})) for side in named)
-            lines += [drawn_row(what, [result], "name", POOLED), Row(f"{what}: drawn in {anchor}", after, before=before)]
+            lines += [drawn_row(what, [result], "name", bars.erased_bar), Row(f"{what}: drawn in {anchor}", after, before=before)]
         else:
             unnamed = still_drawn([result], "unnamed", 0)
             lines.append(drawn_row(f"{what}, against the unedited model that is told no style", [result], "name", unnamed.value))
         lines += [Row(f"{what}: {asked} right, relative to before", relative(*named, test), INSTEAD) for asked, test in ASKED_FOR.items()]
-        lines.append(Row(f"{what}: objects in other styles kept", kept([result]), KEPT_POOLED))
+        lines.append(Row(f"{what}: objects in other styles kept", kept([result]), bars.kept_bar))
     return lines
 
 
-def learnt_rows(title: str, found: Sequence[Measured]) -> list[Row]:
+def learnt_rows(title: str, found: Sequence[Measured], bars: Header) -> list[Row]:
     """Every question that was asked, with the unedited model asked by the objects' names beside it; and everything else."""
     has, asked = found[0].images.keys(), QUESTIONS[found[0].cell.kind]
     lines = [
@@ -142,7 +146,7 @@ def learnt_rows(title: str, found: Sequence[Measured]) -> list[Row]:
         for one in asked
         if one.label in has
     ]
-    return [*lines, Row(f"{title}: other objects kept", kept(found), KEPT_POOLED)] if "kept" in has else lines
+    return [*lines, Row(f"{title}: other objects kept", kept(found), bars.kept_bar)] if "kept" in has else lines
 
 
 ROWS = {"objects": object_rows, "styles": style_section, **dict.fromkeys(QUESTIONS, learnt_rows)}

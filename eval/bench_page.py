@@ -76,7 +76,7 @@ class Report:
 
     def rows(self, method: str) -> list[Row]:
         """A method's lines."""
-        return rows(self.results, method, self.experiment.sections)
+        return rows(self.results, method, self.experiment.sections, self.experiment.header)
 
     def page(self) -> str:
         """The markdown page."""

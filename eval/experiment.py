@@ -138,6 +138,8 @@ class Header(Configured):
     n: int = option(64, "images of a concept by its name")
     steps: int = option(12, "denoising steps")
     guidance: float = option(2.0, "guidance scale")
+    erased_bar: float = option(0.05, "what is erased may still be drawn so often by its name, one concept three times as often")
+    kept_bar: float = option(0.95, "so much of everything else should stay right")
 
     def __post_init__(self) -> None:
         for name in ("n", "steps"):

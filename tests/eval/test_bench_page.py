@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
+
 from eval.bench_bars import Row, rows
 from eval.bench_page import Report, described
 from eval.bench_results import Costs, Measured, still_drawn
 from eval.cells import Cell, plan
-from eval.experiment import read
+from eval.experiment import Header, read
 from eval.prompts import Prompt
 from tests.eval.experiments import ALONE, ANCHORED, BARE, FILES, GROUP, LEARNER, WEAPONS, smaller
 from tests.eval.images import reading, shown
@@ -52,6 +54,14 @@ def lines_of(results: Sequence[Measured]) -> list[tuple[str, Row]]:
 def found(lines: Sequence[tuple[str, Row]], *parts: str) -> Row:
     (row,) = [row for what, row in lines if all(part in what for part in parts)]
     return row
+
+
+def test_an_experiment_says_its_bars(cells: list[Cell]) -> None:
+    made = [measured(cell, clean) for cell in cells if cell.method == "uce"]
+    bars = {row.what: row.bar for row in rows(made, "uce", bars=Header(erased_bar=0.2, kept_bar=0.6))}
+    by_name = {bar for what, bar in bars.items() if what.endswith("drawn by name") and "told no style" not in what}
+    assert by_name == {0.2} and {bar for what, bar in bars.items() if what.endswith("objects kept")} == {0.6}
+    assert {bar for what, bar in bars.items() if "by name, the worst" in what} == {pytest.approx(0.6)}
 
 
 def test_perfect_edits_meet_every_bar(cells: list[Cell]) -> None:
