@@ -6,12 +6,16 @@ import functools
 import json
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from eval import stored
+from eval.experiment import read
 from eval.intervals import Estimate, rate
 from eval.rates import draws, object_right, relative
 from toolkit import registry
+
+EXPERIMENTS = Path(__file__).with_name("experiments")
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,10 @@ def known(method: str) -> Known | None:
 def _one_object(task: dict[str, Any]) -> bool:
     concepts = task.get("concepts", ())
     return len(concepts) == 1 and concepts[0]["kind"] == "object"
+
+
+@functools.cache
+def chosen_to_learn(method: str) -> dict[str, Any]:
+    """The options that were chosen for learning a subject on the embedded model with a method, where they are not its defaults."""
+    found = read(EXPERIMENTS / "customize.toml").methods.get(method)
+    return {name: value for name, value in found.config().items() if name in found.changed()} if found else {}

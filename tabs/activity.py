@@ -14,6 +14,7 @@ from toolkit.errors import UserError
 from toolkit.jobs import Job
 
 HEADINGS = ["Job", "What", "State", "How far", "Since", "Kept as"]
+FILES = (".safetensors", ".zip", ".html")  # that can be fetched
 EVERY = 3.0  # seconds between looks at the list
 
 
@@ -32,6 +33,7 @@ class Activity(Tab):
             label="Pictures: before above, after below", columns=2, format="png", object_fit="contain", interactive=False, visible=False
         )
         measured = gr.Dataframe(label="Measured", interactive=False, wrap=True, visible=False)
+        files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False)
         config = gr.JSON(label="How it was made", visible=False)
 
         def stopped(job: Any) -> list[list[str]]:
@@ -45,13 +47,14 @@ class Activity(Tab):
                 return (
                     gr.Gallery(kept["pictures"], visible=bool(kept["pictures"])),
                     gr.Dataframe(kept["rows"], headers=kept["headings"], visible=bool(kept["rows"])),
+                    gr.File([str(app.workspace.published(file)) for file in kept["files"]] or None, visible=bool(kept["files"])),
                     gr.JSON(kept["config"], visible=True),
                 )
 
         app.on_show(lambda: (rows(app), gr.Dropdown(choices=choices(app))), [table, run])
         gr.Timer(EVERY).tick(lambda: rows(app), None, table, api_visibility="private", **live.QUIET)
         stop.click(stopped, number, table, api_name="stop", **live.QUIET)
-        run.input(look, run, [pictures, measured, config], api_name="look", **live.QUIET)
+        run.input(look, run, [pictures, measured, files, config], api_name="look", **live.QUIET)
 
 
 def rows(app: App) -> list[list[str]]:
@@ -81,7 +84,7 @@ def choices(app: App) -> list[tuple[str, str]]:
 
 
 def opened(app: App, name: Any) -> dict[str, Any]:
-    """What a run has kept: pictures, a table, and what made it."""
+    """What a run has kept: pictures, a table, files, and what made it."""
     from PIL import Image
 
     if name not in app.workspace.runs():
@@ -99,5 +102,6 @@ def opened(app: App, name: Any) -> dict[str, Any]:
         "pictures": pictures,
         "rows": held["report"].get("rows", []),
         "headings": [str(heading).capitalize() for heading in held["report"].get("headings", [])],
+        "files": [f"{name}/{path.name}" for path in sorted(folder.iterdir()) if path.suffix in FILES],
         "config": held["config"],
     }

@@ -39,22 +39,32 @@ class App:
         return cls(Shelf.of(args, workspace), Jobs(), workspace)
 
     def start(
-        self, session: str, title: str, work: Callable[..., Any], *, keep: Sequence[str] = (), goes_on: bool = False, **given: Any
+        self,
+        session: str,
+        title: str,
+        work: Callable[..., Any],
+        *,
+        keep: Sequence[str] = (),
+        run: str = "",
+        goes_on: bool = False,
+        **given: Any,
     ) -> Job:
         """Put work(**given) into the queue. session: of the browser that asks, see `live.session`.
 
         keep: words that name a run of the working folder, which work is then given as `out`; of a job that does not get to its end
-        the run stays if it holds a checkpoint to go on from. goes_on: also when the browser is closed.
+        the run stays if it holds a checkpoint to go on from. run: the name of one that is gone on with, instead of a new one.
+        goes_on: also when the browser is closed.
         """
         work = partial(work, **given)
-        return self.jobs.start(title, partial(self._kept, work, keep) if keep else lambda _: work(), session=session, goes_on=goes_on)
+        kept = partial(self._kept, work, keep, run) if keep or run else lambda _: work()
+        return self.jobs.start(title, kept, session=session, goes_on=goes_on)
 
-    def _kept(self, work: Callable[..., Any], keep: Sequence[str], job: Job) -> Any:
-        out = job.folder = self.workspace.new_run(*keep)
+    def _kept(self, work: Callable[..., Any], keep: Sequence[str], run: str, job: Job) -> Any:
+        out = job.folder = self.workspace.path(run) if run else self.workspace.new_run(*keep)
         try:
             return work(out=out)
         except BaseException:
-            if not any(out.glob("checkpoint-*")):
+            if not run and not any(out.glob("checkpoint-*")):
                 shutil.rmtree(out)
                 job.folder = None
             raise

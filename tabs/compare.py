@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tabs.shelf import Shelf
     from toolkit.jobs import Job
 
-MAX_STEPS, MAX_PICTURES, MAX_STRENGTH = 100, 16, 2.0
+MAX_STEPS, MAX_PICTURES = 100, 16
 WORD = re.compile(r"<[^<>\s]+>|[\w'-]+")
 Pictures = list["Image.Image"]
 
@@ -35,7 +35,7 @@ class Compare(Tab):
                 model = forms.model_choice(app)
                 edits = forms.edits_choice(app, "Edits, in order", value=list(app.shelf.given))
                 strengths = forms.collected("strengths")
-                self._sliders(app, edits, strengths)
+                forms.strengths(app, edits, strengths)
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100)
                     count = gr.Slider(1, MAX_PICTURES, 1, step=1, label="Pictures", min_width=160)
@@ -105,31 +105,16 @@ class Compare(Tab):
         for gallery in (before, after):
             gallery.select(pick, [before, after], slider, api_visibility="private", **live.QUIET)
 
-    @staticmethod
-    def _sliders(app: App, edits: gr.Dropdown, strengths: gr.Textbox) -> None:
-        """A slider for every chosen edit that can be scaled."""
-        forms.forget(edits, strengths)
-
-        @gr.render(edits, show_progress="hidden")
-        def sliders(names: list[str] | None) -> None:
-            with live.told():
-                for name in forms.chosen(app, names):
-                    scalable = app.shelf.scalable(name)
-                    label = f"Strength of {name.partition('/')[2]}{'' if scalable else ', which has only one'}"
-                    slider = gr.Slider(0, MAX_STRENGTH, app.shelf.scale(name), step=0.05, label=label, interactive=scalable, key=name)
-                    forms.collect(slider, name, strengths)
-
 
 def settings(
     app: App, prompt: Any, model: Any, edits: Any, strengths: Any, seed: Any, count: Any, steps: Any, guidance: Any
 ) -> dict[str, Any]:
     """What was asked for, checked: the arguments of `compared`."""
-    names, given = forms.chosen(app, edits), forms.read(strengths, "strengths")
     first = live.whole(seed, "seed", 0, 2**31)
     return {
         "prompt": live.text(prompt, "the prompt"),
         "model": app.shelf.check_model(live.text(model, "the model")),
-        "strengths": {name: live.number(given.get(name, app.shelf.scale(name)), f"strength of {name}", 0, MAX_STRENGTH) for name in names},
+        "strengths": forms.strengths_of(app, edits, strengths),
         "seeds": list(range(first, first + live.whole(count, "number of pictures", 1, MAX_PICTURES))),
         "steps": live.whole(steps, "steps", 1, MAX_STEPS),
         "guidance": live.number(guidance, "guidance scale", 1, 30),

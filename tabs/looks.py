@@ -11,7 +11,7 @@ MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 PIXELATED = 128  # sides up to which pictures are enlarged without smoothing
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1240px !important; margin: 0 auto !important; }
 .pal-head h1 { margin: 0; font-size: 1.5rem; letter-spacing: -0.01em; }
 .pal-head p { margin: 0.1rem 0 0; color: var(--body-text-color-subdued); }
 .pal-bar { align-items: center; }
@@ -20,8 +20,18 @@ CSS = """
 .pal-line progress { flex: 1 1 8rem; height: 0.5rem; accent-color: var(--primary-600); }
 .grid-wrap { min-height: 0 !important; max-height: none !important; }
 .pal-pixels img { image-rendering: pixelated; }
+.pal-drop .grid-wrap { padding-top: 2.6rem; }
+.pal-drop .grid-container { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)) !important; }
+.pal-library .grid-wrap { padding-top: 2.6rem; }
+.pal-library .grid-container { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)) !important; }
+.pal-library .caption-label { white-space: normal !important; left: 0; right: 0; max-width: none; font-size: 0.75rem; }
+.pal-region { border-left: 0.6rem solid; padding-left: 0.6rem; }
+.pal-red { border-color: #e11d48; } .pal-blue { border-color: #2563eb; }
+.pal-green { border-color: #16a34a; } .pal-yellow { border-color: #eab308; }
 .pal-slider img { width: 100% !important; height: 100% !important; object-fit: contain; }
 .pal-note, .pal-note p { color: var(--body-text-color-subdued); font-size: 0.9rem; }
+.pal-list label { width: 100%; }
+.pal-page iframe { width: 100%; height: 75vh; border: 1px solid var(--border-color-primary); border-radius: var(--radius-md); }
 footer { opacity: 0.8; }
 :focus-visible { outline: 2px solid var(--primary-500); outline-offset: 2px; }
 @media (max-width: 640px) {

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 
 from tabs.base import App
-from tabs.live import QUIET, session
+from tabs.live import QUIET, refusal, session, told
 from toolkit import registry
+from toolkit.errors import UserError
 
 CACHED = 6 * 3600  # seconds after which what was on its way to a browser is deleted
 
@@ -28,4 +33,24 @@ def build(app: App) -> gr.Blocks:
             app.jobs.leave(session(request))
 
         page.unload(leave)
+    page.preprocess_data = _uploaded(page.preprocess_data)
     return page
+
+
+def _uploaded(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """The page's own reading of what an event is given, but that no address among it is fetched: files are uploaded, or there are none."""
+
+    async def read(event: Any, inputs: list[Any], *more: Any, **named: Any) -> Any:
+        with told():
+            left: list[Any] = [inputs]
+            while left:
+                value = left.pop()
+                if isinstance(value, dict) and is_http_url_like(str(value.get("path", ""))):
+                    raise UserError("an address is given, and files are taken by upload alone; upload it")
+                left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        try:
+            return await preprocess(event, inputs, *more, **named)
+        except gr.Error as error:  # of a component, which repeats all that it was given
+            raise refusal(str(error.message)) from None
+
+    return read

@@ -14,7 +14,7 @@ from toolkit.errors import UserError
 from toolkit.workspace import PARTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from toolkit.edits.base import Edit
     from toolkit.model import Model
@@ -67,12 +67,23 @@ class Shelf:
             raise UserError(f"{name[:100]!r} would be loaded from a hub, which is off; start the app with --allow-hub")
         return name
 
+    def source(self, name: str) -> str:
+        """What `load_model` is given for this name."""
+        return str(self.workspace.path(name)) if name in self.workspace.models() else name
+
+    def place(self, name: str) -> Path | None:
+        """Where a model is on the disk; None for one on a hub."""
+        from toolkit.model import EMBEDDED
+
+        path = EMBEDDED if name == "emoji-sd" else Path(self.source(name))
+        return path if path.exists() else None
+
     def open(self, name: str) -> Model:
         """The model of this name, without edits; for jobs. The one that was in memory before is let go of."""
         from toolkit.commands import open_model
 
         if self.check_model(name) != self.model.source:
-            source = str(self.workspace.path(name)) if name in self.workspace.models() else name
+            source = self.source(name)
             del self.model  # memory for one, not for two
             gc.collect()
             try:
@@ -97,15 +108,15 @@ class Shelf:
         """Whether an edit has strengths besides 1."""
         return all(part.scalable for part, _ in self.edit(name, self.model).parts())
 
-    def edit(self, name: str, model: Model) -> Edit:
-        """The edit of this name, for a model."""
+    def edit(self, name: str, model: Model | Callable[[], Model]) -> Edit:
+        """The edit of this name, for a model, or for what gives it when another tool's file needs it."""
         from toolkit.io.files import load_edit
 
         if name in self.given:
             return self.given[name][0]
         if name not in self.workspace.edits():
             raise UserError(f"no edit {name[:100]!r}; choose one from the list")
-        return load_edit(self.workspace.path(name), model)
+        return load_edit(self.workspace.edit_file(name), model)
 
     @contextmanager
     def edited(self, model: Model, strengths: Mapping[str, float]) -> Iterator[Model]:

@@ -48,6 +48,10 @@ class Workspace:
             raise UserError(f"{name[:100]!r} is a link out of the working folder; put a copy there instead")
         return path
 
+    def edit_file(self, name: str) -> Path:
+        """The file of the edit of this name."""
+        return self.path(f"{name}/{FILE_NAME}") if self.path(name).is_dir() else self.path(name)
+
     def name(self, path: Path) -> str:
         """The inverse of `path`."""
         return path.relative_to(self.folder).as_posix()
@@ -98,6 +102,6 @@ class Workspace:
         inside = [path for path in found if path.resolve().is_relative_to(self.folder)]
         return [self.name(path) for path in inside if NAME.fullmatch(path.name)]
 
-    @staticmethod
-    def _holds_edit(path: Path) -> bool:
-        return path.suffix == ".safetensors" if path.is_file() else (path / FILE_NAME).is_file()
+    def _holds_edit(self, path: Path) -> bool:
+        file = path / FILE_NAME if path.is_dir() else path
+        return file.suffix == ".safetensors" and file.is_file() and file.resolve().is_relative_to(self.folder)

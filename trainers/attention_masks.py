@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.attention import attention_maps, grid_of, self_attention_sites
+from toolkit.attention import attention_maps, grid_of, self_attention_sites, token_places
+from toolkit.errors import UserError
+from toolkit.runs import seeded
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture
     from toolkit.arch.text import Text
 
 POWER = 4  # how many times attention is passed on between places
+LEVELS = (0.2, 0.4, 0.6)  # parts of the noise at which a single word is looked for
 WINDOW, STABLE = 7, (0.01**2, 0.03**2)  # of the structural similarity: its window, and what keeps its quotients finite
 
 
@@ -61,6 +64,28 @@ def apart(belongs: Tensor, threshold: float) -> Tensor | None:
     overlap = masks[:-1].to(belongs).flatten(1) @ belongs[:-1].flatten(1).T
     right = masks[:-1].flatten(1).any(1).all() and (overlap.argmax(1) == torch.arange(len(overlap), device=belongs.device)).all()
     return masks[:-1].to(belongs) if right else None
+
+
+@torch.no_grad()
+def foreground(arch: Architecture, latents: Tensor, class_name: str, sides: tuple[int, int] = (16, 32)) -> Tensor:
+    """Where a thing of this class is in pictures, from 0 to 1 at the places of their latents [n, c, h, w]: [n, h, w].
+
+    `spread` for one word, the mean over `LEVELS` of noise; what belongs to it by less than half is 0, the rest 1. Each picture has some.
+    """
+    prompt = f"a {class_name}"
+    tokens = token_places(arch, [prompt], [class_name])
+    if not tokens.any():
+        raise UserError(f"{class_name!r} is no words that the model reads; give a class name such as dog")
+    text, found = arch.encode([prompt]), []
+    for number, latent in enumerate(latents.split(1)):
+        noise = torch.randn(latent.shape, generator=seeded("foreground", number)).to(latent)
+        maps = []
+        for level in LEVELS:
+            t = torch.tensor([int(level * arch.train_timesteps)], device=latent.device)
+            maps.append(spread(arch, arch.add_noise(latent, noise, t), t, text, tokens, sides)[0])
+        belongs = minmax(torch.stack(maps).mean(0).flatten(1)).unflatten(1, maps[0].shape[1:])
+        found.append(F.interpolate(belongs[None], latent.shape[2:], mode="bilinear")[0, 0].gt(0.5).float())
+    return torch.stack(found)
 
 
 def similarity(one: Tensor, other: Tensor) -> Tensor:

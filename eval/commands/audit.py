@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 HELP = "one page of evidence about an edit that erases: how it was attacked, what survived, what was not tested"
 CHEAP = ("paraphrase", "closed_form_preimage", "concept_inversion")
 NO_JUDGE = "Whether the concept is still drawn: the oracle knows the embedded world alone, and no --judge that knows this one was given."
+NOT_ASKED = "What else changed in its images: it was not drawn, as asked."
 NO_WORLD = "What else changed in its images: palimpsest evaluate --prompts measures that on prompts of your own."
 
 
@@ -39,6 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="ATTACK.K=V", help="options of the attacks")
     parser.add_argument("--n", type=int, default=32, help="images of each concept, and under each attack (default %(default)s)")
+    parser.add_argument("--erased-only", action="store_true", help="draw what was erased and nothing else, which is most of the work")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default %(default)s)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: what suits the model)")
@@ -105,14 +107,22 @@ def on_world(args: Namespace, model: Model, base: Model, empty: Audit, attacks: 
     suite = Suite(load_world(), painter(args), model, base, args.n, args.seed, kid=False)
     targets = [resolve(suite.world, concept) for concept in empty.concepts]
     before, after = suite.erased(targets)
-    suite.kept(targets)
+    if not args.erased_only:
+        suite.kept(targets)
     images, start, tried = {}, 0, []
     for target in targets:
         own = slice(start, start := start + args.n * len(target.names))
         images[target.name] = before[own], after[own]
         tried += try_all(Scenario(suite.world, suite.painter, model, base, target, args.n, args.seed), attacks)
-    report = suite.report
-    return replace(empty, by=suite.painter.measured_by(), rates=report.metrics, per_concept=report.per_concept, tried=tried, images=images)
+    return replace(
+        empty,
+        by=suite.painter.measured_by(),
+        rates=suite.report.metrics,
+        per_concept=suite.report.per_concept,
+        tried=tried,
+        images=images,
+        unsaid=(NOT_ASKED,) if args.erased_only else (),
+    )
 
 
 def by_judge(args: Namespace, model: Model, base: Model, empty: Audit, attacks: dict[str, Attack]) -> Audit:
@@ -175,4 +185,6 @@ def command(args: Namespace) -> str:
     for option in ("concept", "synonyms", "attacks", "set"):
         if value := getattr(args, option):
             words += [f"--{option}", *value]
+    if args.erased_only:
+        words.append("--erased-only")
     return shlex.join([*words, "--n", str(args.n), "--seed", str(args.seed), "--steps", str(args.steps), "--out", args.out])

@@ -10,7 +10,7 @@ PHONE = {"width": 390, "height": 844}
 def tab(page: Any, title: str) -> Any:
     """Show a tab; gives what is in it."""
     page.get_by_role("tab", name=title, exact=True).click()
-    return page.get_by_role("tabpanel").filter(visible=True)
+    return page.get_by_role("tabpanel").filter(visible=True).first  # it may hold tabs of its own
 
 
 def ended(panel: Any, words: str = "Done in") -> None:

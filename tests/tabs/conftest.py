@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -14,7 +15,10 @@ import pytest
 
 import app as command
 from tabs.base import App
+from toolkit import registry
 from toolkit.cli import _add_run_arguments
+from toolkit.commands import save_result
+from toolkit.concepts import Concept, EraseTask
 
 HINT = "needs a browser: apt-get install chromium, see CONTRIBUTING.md"
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "images" / "app"
@@ -41,6 +45,17 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     made = App.of(arguments("--folder", str(tmp_path_factory.mktemp("app")), "--device", "cpu"))
     yield made
     made.jobs.close()
+
+
+@pytest.fixture(scope="session")
+def saved_edit(app: App) -> str:
+    """The name of an edit that erases pistols, as the Erase tab writes it."""
+    task = EraseTask((Concept("pistol", ("gun", "revolver")),), ("knife", "dog"))
+    method = registry.load("method", "uce")()
+    out = app.workspace.new_run("uce", "pistol")
+    config = {"method": "uce", "config": method.config(), "task": dataclasses.asdict(task)}
+    save_result(out, method.fit(app.shelf.model, task), config, {"seconds": 1.0})
+    return app.workspace.name(out)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,20 @@ ERASE: dict[str, Any] = {
     "steps": 2,
     "goes_on": True,
 }
+EDIT = "an edit that is there"
+ATTACK: dict[str, Any] = {
+    "edit": EDIT,
+    "concepts": "pistol",
+    "model": "emoji-sd",
+    "attacks": ["paraphrase"],
+    "options": "{}",
+    "images": 1,
+    "steps": 2,
+    "seed": 0,
+    "everything_else": False,
+    "goes_on": False,
+}
+EXPORT: dict[str, Any] = {"model": "emoji-sd", "edits": [EDIT], "strengths": "{}", "format": "delta"}
 PATH = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 CALLS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *(
@@ -94,6 +109,51 @@ CALLS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
             {"steps": "many"},
         )
     ),
+    *(
+        ("attack", ATTACK, forged)
+        for forged in (
+            {"edit": ""},
+            {"edit": None},
+            {"edit": "/etc/passwd"},
+            {"edit": "runs/../edits"},
+            {"edit": ["runs"]},
+            {"concepts": "no such thing"},
+            {"concepts": "x" * 1_000_000},
+            {"concepts": ",".join(f"x{i}" for i in range(50))},
+            {"model": "../emoji-sd"},
+            {"attacks": ["base"]},
+            {"attacks": ["../bench"]},
+            {"attacks": "paraphrase"},
+            {"attacks": [["paraphrase"]]},
+            {"attacks": ["relearn"] * 10_000},
+            {"options": '{"relearn.rank": 2}'},
+            {"options": '{"paraphrase.nonsense": 2}'},
+            {"options": '{"nonsense": 2}'},
+            {"attacks": ["ring_a_bell"], "options": '{"ring_a_bell.population": 1e12}'},
+            {"attacks": ["relearn"], "options": '{"relearn.steps": [5, 1000000000]}'},
+            {"attacks": ["prompt_set"], "options": '{"prompt_set.file": "/etc/passwd"}'},
+            {"attacks": ["prompt_set"], "options": '{"prompt_set.file": "edits/../../x.csv"}'},
+            {"images": 10**9},
+            {"steps": float("nan")},
+            {"seed": -1},
+        )
+    ),
+    *(
+        ("export", EXPORT, forged)
+        for forged in (
+            {"edits": ["edits/none"]},
+            {"edits": ["/etc"]},
+            {"format": "pickle"},
+            {"format": "../x"},
+            {"format": None},
+            {"format": "embedding"},
+            {"edits": []},
+            {"strengths": "[]"},
+            {"model": "models/none.safetensors"},
+            {"model": "owner/name", "format": "checkpoint"},
+        )
+    ),
+    *(("describe", {"model": ""}, {"model": forged}) for forged in ("/etc", "..", "models/../runs", "owner/name", "", None, "x" * 10**6)),
     ("attention", {"word": "cat", **COMPARE}, {"word": "dog"}),
     ("attention", {"word": "cat", **COMPARE}, {"word": "x" * 1000}),
     ("attention", {"word": "cat", **COMPARE}, {"word": ""}),
@@ -133,9 +193,13 @@ def call(http: httpx.Client, name: str, values: list[Any]) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(("name", "usual", "forged"), CALLS, ids=[f"{name} {str(forged)[:50]}" for name, _, forged in CALLS])
-def test_a_forged_call_is_refused(http: httpx.Client, app: App, name: str, usual: dict[str, Any], forged: dict[str, Any]) -> None:
+def test_a_forged_call_is_refused(
+    http: httpx.Client, app: App, saved_edit: str, name: str, usual: dict[str, Any], forged: dict[str, Any]
+) -> None:
     before = kept(app)
-    event, told = call(http, name, list({**usual, **forged}.values()))
+    there = {"edit": saved_edit, "edits": [saved_edit]}
+    values = {key: there[key] if value in (EDIT, [EDIT]) else value for key, value in {**usual, **forged}.items()}
+    event, told = call(http, name, list(values.values()))
     assert event == "error" and len(told.splitlines()) <= 1 and len(told) < 2000, told
     assert "Traceback" not in told and "root:" not in told
     assert kept(app) == before and http.get("/").status_code == 200
@@ -207,3 +271,55 @@ def test_many_stop_the_same_job_at_once(server: str, app: App) -> None:
     with pytest.raises(Exception, match=r"stopped"):
         job.result(timeout=60)
     assert running[0].state == "stopped"
+
+
+def test_hostile_files_in_the_folder_are_refused(http: httpx.Client, app: App, saved_edit: str, tmp_path: Path) -> None:
+    """Headers that lie, links that lead out, and what is no model at all."""
+    models, edits = app.workspace.folder / "models", app.workspace.folder / "edits"
+    (tmp_path / "outside.safetensors").write_bytes(app.workspace.edit_file(saved_edit).read_bytes())
+    (tmp_path / "outside").mkdir()
+    (models / "bomb.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
+    (models / "text.safetensors").write_text("root:x:0:0")
+    (models / "edit.safetensors").write_bytes((tmp_path / "outside.safetensors").read_bytes())
+    (edits / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    (edits / "folder").mkdir()
+    (edits / "folder" / "edit.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    (edits / "bomb.safetensors").write_bytes((100_000_000).to_bytes(8, "little") + b"[" * 1000)
+    before = kept(app)
+    try:
+        for name in ("bomb", "text", "edit"):
+            event, told = call(http, "describe", [f"models/{name}.safetensors"])
+            assert event == "error" and "Traceback" not in told and "root:" not in told
+        for name in ("link.safetensors", "folder", "bomb.safetensors"):
+            event, told = call(http, "export", list({**EXPORT, "edits": [f"edits/{name}"]}.values()))
+            assert event == "error" and "Traceback" not in told
+            event, told = call(http, "attack", list({**ATTACK, "edit": f"edits/{name}"}.values()))
+            assert event == "error" and "Traceback" not in told
+        assert call(http, "describe", ["emoji-sd"])[0] == "complete"
+        assert kept(app) == before and http.get("/").status_code == 200
+    finally:
+        for path in (models / "bomb.safetensors", models / "text.safetensors", models / "edit.safetensors"):
+            path.unlink()
+        for path in (edits / "link.safetensors", edits / "folder" / "edit.safetensors", edits / "bomb.safetensors"):
+            path.unlink()
+        (edits / "folder").rmdir()
+
+
+def test_attacks_of_many_are_stopped_at_once_and_leave_nothing(server: str, app: App, saved_edit: str) -> None:
+    clients = [Client(server, verbose=False) for _ in range(4)]
+    before = kept(app)
+    asked = {**ATTACK, "edit": saved_edit, "attacks": ["ring_a_bell"], "steps": 20, "images": 16}
+    jobs = [client.submit(*asked.values(), api_name="/attack") for client in clients]
+    for _ in range(600):
+        if len(started := [job for job in app.jobs.all() if not job.over]) == len(jobs):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"{len(started)} of {len(jobs)} jobs were started: {[job.exception() for job in jobs if job.done()]}")
+    stops = [client.submit(job.number, api_name="/stop") for client in clients for job in started]
+    for stop in stops:
+        stop.result(timeout=60)
+    for job in jobs:
+        with pytest.raises(Exception, match="stopped"):
+            job.result(timeout=60)
+    assert all(job.state == "stopped" for job in started) and kept(app) == before and not app.shelf.model.edits

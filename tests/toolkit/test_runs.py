@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -101,3 +103,24 @@ def test_images_keep_their_pixels(tmp_path: Path) -> None:
     save_png(sheet, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as again:
         assert again.format == "PNG" and again.tobytes() == sheet.tobytes()
+
+
+LIMITED = """
+import numpy as np
+from toolkit.runs import limit_memory
+np.ones(2**20)
+limit_memory(share=0.05)
+free = int(next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[1]) * 1024
+try:
+    np.empty(free // 8)
+except MemoryError:
+    print("refused", np.ones(2**20).sum())
+"""
+
+
+def test_memory_beyond_the_limit_is_an_error_of_who_asks_for_it() -> None:
+    """In a process of its own, which goes on afterwards; asked for is all that is free, and never touched."""
+    if sys.platform != "linux":
+        pytest.skip("the limit is one of Linux")
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True)
+    assert done.stdout == "refused 1048576.0\n"

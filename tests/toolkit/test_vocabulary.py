@@ -132,3 +132,14 @@ def test_one_hot_rows_in_float64_agree_with_the_table(monkeypatch: pytest.Monkey
     choice = vocabulary.random((7,), draw())
     one_hot = F.one_hot(choice, len(vocabulary)).double()
     torch.testing.assert_close((one_hot @ vocabulary.rows["text_encoder"].double()).float(), vocabulary.rows["text_encoder"][choice])
+
+
+def test_a_genetic_search_tells_of_every_generation() -> None:
+    """Whoever is told may end it by raising."""
+    told: list[tuple[int, int]] = []
+    population, draw = torch.zeros(4, 3, dtype=torch.long), torch.Generator().manual_seed(0)
+    chances = {"crossover": 0.5, "mutation": 0.5}
+    genetic(
+        lambda choices: choices.sum(1).float(), population, 5, generations=3, **chances, draw=draw, progress=lambda *at: told.append(at)
+    )
+    assert told == [(1, 3), (2, 3), (3, 3)]

@@ -79,7 +79,7 @@ def _apply_in_order(args: Namespace) -> dict[str, Any]:
             raise UserError(f"--{option} is for a method that merges, and none is given; give --method NAME, or leave it out")
     base = functools.cache(lambda: open_model(args)) if args.model else None
     given = [open_edit(written, base) for written in args.edits]
-    for name, problem in _problems(args.edits, [edit for edit, _ in given]):
+    for name, problem in problems(args.edits, [edit for edit, _ in given]):
         if args.strict:
             raise UserError(f"{name} {problem}")
         warnings.warn(f"{name} {problem}", stacklevel=2)
@@ -118,7 +118,7 @@ def _info(edits: Sequence[Edit]) -> Any:
     return EditInfo(method="compose", base=base, notes={"parts": parts})
 
 
-def _problems(names: Sequence[str], edits: Sequence[Edit]) -> list[tuple[str, str]]:
+def problems(names: Sequence[str], edits: Sequence[Edit]) -> list[tuple[str, str]]:
     """(edit, what is wrong) for edits of another base than the first, or that change what an earlier one was fitted to."""
     from toolkit.fingerprint import same_base
 

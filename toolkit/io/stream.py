@@ -77,7 +77,7 @@ def write_checkpoint(source: str | Path, edit: Edit, out: str | Path, *, strict:
             raise not_mergeable(part)
         for name in part.parameter_names():
             touched.setdefault(name, []).append((part, scale))
-    arch = functools.cache(lambda: _hollow(source))
+    arch = functools.cache(lambda: hollow(source))
     changes = []
     for name, found in places(source, arch, touched).items():
         if not found:
@@ -96,8 +96,8 @@ def streamable(edit: Edit) -> bool:
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
-def _hollow(source: Path) -> Architecture:
-    """The checkpoint's architecture without its weights."""
+def hollow(source: Path) -> Architecture:
+    """The architecture of a checkpoint on the disk, without its weights."""
     if source.is_dir():
         return architecture(str(source)).hollow(source)
     found = recognise(source)
@@ -106,17 +106,22 @@ def _hollow(source: Path) -> Architecture:
 
 def _check_base(source: Path, arch: Architecture, edit: Edit, strict: bool) -> None:
     """Whether the parts of the edit were fitted on this model."""
-    names = [f"{part}.{name}" for part, module in arch.components().items() if part != "vae" for name, _ in module.named_parameters()]
-    stored = places(source, lambda: arch, names)
-    if lost := [name for name, found in stored.items() if not found]:
-        raise UserError(f"{str(source)!r} lacks {len(lost)} parameters of its model, such as {lost[0]}; give a complete checkpoint")
-    found = fingerprint(arch, lambda name: stored[name][0].read())
+    found = stored_fingerprint(source, arch)
     for part, _ in edit.parts():
         if not same_base(part.info.base, found):
             message = f"{part.info.method or part.kind()} edit was fitted on another base than {source}; fit it on this one"
             if strict:
                 raise UserError(message)
             warnings.warn(message, stacklevel=3)
+
+
+def stored_fingerprint(source: Path, arch: Architecture) -> dict[str, str]:
+    """The fingerprint of a checkpoint on the disk, whose hollow architecture this is. One that is not complete is a UserError."""
+    names = [f"{part}.{name}" for part, module in arch.components().items() if part != "vae" for name, _ in module.named_parameters()]
+    stored = places(source, lambda: arch, names)
+    if lost := [name for name, found in stored.items() if not found]:
+        raise UserError(f"{str(source)!r} lacks {len(lost)} parameters of its model, such as {lost[0]}; give a complete checkpoint")
+    return fingerprint(arch, lambda name: stored[name][0].read())
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,131 @@
+"""A saved edit attacked and audited at once: what `palimpsest audit` finds, as rates, prompts, pictures and its page."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eval.trial import percent
+from toolkit.images import grid, save_png, to_pil
+from toolkit.runs import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from eval.attacks.base import Attack
+    from eval.rates import Shown
+    from eval.report_audit import Audit, Tried
+    from toolkit.edits.base import Edit
+    from toolkit.model import Model
+
+SHOWN = 4  # pictures of each kind
+HEADINGS = ("concept", "attack", "by name", "attacked", "control", "outcome")
+PAGE = "audit.html"
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """audit: what was found. rows: `HEADINGS` of every attack, as text. prompts: attack and prompt. pictures: with what they are."""
+
+    audit: Audit
+    rows: list[list[str]]
+    prompts: list[list[str]]
+    pictures: list[tuple[Image.Image, str]]
+
+
+def audit(
+    model: Model,
+    edit: Edit,
+    file: Path,
+    name: str,
+    concepts: Sequence[str],
+    attacks: Mapping[str, Attack],
+    out: Path,
+    *,
+    n: int = 8,
+    seed: int = 0,
+    steps: int = 20,
+    everything_else: bool = True,
+) -> Attacked:
+    """Audit an edit, and write audit.html, audit.json and what shows them later into `out`.
+
+    file: of the edit. name: what the page calls it. n: images of each concept and under each attack, and 8 n of everything else, each
+    before and after; without `everything_else` the page does not say what else changed.
+    """
+    from eval.commands import audit as command
+    from eval.report_edit import facts
+
+    about = dataclasses.replace(facts(str(file), edit, 1.0, model), file=name)
+    changed = [f"{attack}.{key}={_written(getattr(own, key))}" for attack, own in attacks.items() for key in own.changed()]
+    args = Namespace(**{**_defaults(name), "model": model.source, "concept": list(concepts), "attacks": list(attacks), "set": changed})
+    args.n, args.seed, args.steps, args.erased_only = n, seed, steps, not everything_else
+    with model.attached(edit):
+        found = command.look(args, model, about, list(concepts), dict(attacks))
+    result = Attacked(found, rows(found), prompts(found), pictures(found))
+    write_atomic(out / PAGE, found.page())
+    write_json(out / "audit.json", found.as_json())
+    write_json(out / "report.json", {"headings": HEADINGS, "rows": result.rows, "prompts": result.prompts})
+    config = {attack: own.config() for attack, own in attacks.items()}
+    write_json(out / "config.json", {"audit": name, "model": model.source, "concepts": list(concepts), "attacks": config, "n": n})
+    if result.pictures:
+        save_png(grid([image for image, _ in result.pictures], SHOWN), out / "attacked.png")
+    return result
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """The command's other options."""
+    from eval.commands import audit as command
+
+    parser = ArgumentParser()
+    command.add_arguments(parser)
+    return {**vars(parser.parse_args([name])), "edit": [], "unedited": False, "drawn_well": None}
+
+
+def _written(value: Any) -> str:
+    """An option's value as it is written for --set."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else "none" if value is None else str(value)
+
+
+def rows(audit: Audit) -> list[list[str]]:
+    """The table: of every attack how often it shows the concept, beside how often its name alone does and its control."""
+    return [
+        [one.concept, f"{one.attack} ({one.needs})", *rates(one), one.outcome + (f": {one.why}" if one.why else "")] for one in audit.tried
+    ]
+
+
+def rates(one: Tried) -> list[str]:
+    """By name, attacked, and control: the same of an object that the model never knew, or words drawn at random."""
+    if one.found is None:
+        return ["", "", ""]
+    random = one.found.beside.get("random_rate")
+    control = percent(one.control) if one.control.n else f"{percent(random)}, random words" if random else "has none"
+    return [percent(one.found.clean_rate), percent(one.rate), control]
+
+
+def prompts(audit: Audit) -> list[list[str]]:
+    """What every attack asked with."""
+    return [[one.attack, prompt] for one in audit.tried if one.found for prompt in one.found.prompts]
+
+
+def pictures(audit: Audit) -> list[tuple[Image.Image, str]]:
+    """A row for each concept before and after, and for each attack on it."""
+    found: list[tuple[Image.Image, str]] = []
+    for concept, (before, after) in audit.images.items():
+        sides = [("before", before), ("after", after)]
+        sides += [(one.attack, one.found.shown) for one in audit.tried if one.concept == concept and one.found]
+        found += [pair for label, shown in sides for pair in _row(label, shown)]
+    return found
+
+
+def _row(label: str, shown: Sequence[Shown]) -> list[tuple[Image.Image, str]]:
+    """Some of the pictures, spread evenly."""
+    drawn = [item for item in shown if item.pixels.numel()]
+    picked = drawn[:: max(1, len(drawn) // SHOWN)][:SHOWN]
+    images = to_pil(torch.stack([item.pixels for item in picked]).float() / 255) if picked else []
+    return [(image, f"{label}: {item.prompt.text}") for image, item in zip(images, picked, strict=True)]
