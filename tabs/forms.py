@@ -19,7 +19,7 @@ import gradio as gr
 from gradio.context import get_blocks_context
 
 from tabs.base import App
-from tabs.live import number, optional, told
+from tabs.live import RENDERED, number, optional, told
 from toolkit import registry
 from toolkit.errors import UserError
 from toolkit.workspace import PARTS
@@ -54,7 +54,7 @@ def rendered(choices: Any, collected: gr.Textbox) -> Callable[[Callable[..., Non
     """Has a function make components of what is chosen and of what was collected so far, anew whenever something else is chosen."""
     blocks = get_blocks_context()
     assert blocks is not None, "tabs are built within a page"
-    return gr.render([choices, collected], triggers=[blocks.root_block.load, choices.change], show_progress="hidden")
+    return gr.render([choices, collected], triggers=[blocks.root_block.load, choices.change], **RENDERED)
 
 
 def read(value: Any, what: str) -> dict[str, Any]:
@@ -127,8 +127,9 @@ def configured(app: App, kind: str, name: Any, given: Any, what: str = "method")
     cls = registry.load(what, name)
     made = cls.from_config(read(given, "options"))
     for key, value in made.config().items():
-        if isinstance(value, int) and value > LARGEST and key != "seed":
-            raise UserError(f"{key} is {value}, at most {LARGEST} is taken here; give a smaller number")
+        for number_given in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number_given, int) and number_given > LARGEST and key != "seed":
+                raise UserError(f"{key} is {number_given}, at most {LARGEST} is taken here; give a smaller number")
     changed = {key: getattr(made, key) for key in made.changed() if isinstance(getattr(made, key), str)}
     types = typing.get_type_hints(cls)
     free = {key: inside(app, value) for key, value in changed.items() if typing.get_origin(types[key]) is not Literal}
