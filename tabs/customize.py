@@ -124,8 +124,8 @@ class Customize(Tab):
         outputs = [*bar.outputs, results, note, curve, samples]
         begun = learn.click(bar.event(begin, show, live.names_of(settings), more), inputs, outputs, api_name="customize", **live.STARTED)
         resumed = resume.click(bar.event(go_on, show, ["run", "goes_on"], more), [run, goes_on], outputs, api_name="resume", **live.STARTED)
-        for ended in (begun, resumed):
-            ended.then(listed, None, [again, run], api_visibility="private", **live.QUIET)
+        for ended in (begun.success, begun.failure, resumed.success, resumed.failure):
+            ended(listed, None, [again, run], api_visibility="private", **live.QUIET)
         app.on_show(listed, [again, run])
         pictures.attend(bar, class_name, model)
         if embedded:

@@ -109,7 +109,7 @@ class Erase(Tab):
     def _options(start: gr.State, options: gr.Textbox) -> None:
         """The form of the chosen method, made anew when another is chosen."""
 
-        @gr.render(start, show_progress="hidden")
+        @gr.render(start, **live.RENDERED)
         def form(chosen: tuple[str, dict[str, Any]]) -> None:
             name, changed = chosen
             forms.options(registry.load("method", name), changed, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tabs.base import App
 
 SIDE = 160  # of a picture
+DATED = re.compile(r"^\d{8}-\d{6}-")  # how names of runs begin
 CELL = 64  # largest side of a part of a grid that is one picture
 
 
@@ -71,7 +73,7 @@ def _about(config: dict[str, Any]) -> str:
     task = config.get("task") or {}
     learnt = [subject["token"] for subject in task.get("subjects", ())]
     erased = [concept["name"] for concept in task.get("concepts", ())]
-    composed = [str(name).partition("/")[2] or str(name) for name in config.get("edits", ())]
+    composed = [DATED.sub("", str(name).partition("/")[2]).partition("@")[0] for name in config.get("edits", ())]
     names = learnt or [f"without {name}" for name in erased] or composed
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -29,6 +29,8 @@ STARTED: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
 """How events of a `JobBar` are wired: the only queue is the app's own."""
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 """How small events are that do nothing on the device."""
+RENDERED: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 1, "concurrency_id": "forms"}
+"""How forms are made anew: one at a time, since Gradio's list of components is not safe to be added to by several."""
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class MethodForm:
             return self.say(name), json.dumps(options), (name, options), gr.Accordion(visible=bool(name))
 
     def _form(self) -> None:
-        @gr.render(self._start, show_progress="hidden")
+        @gr.render(self._start, **live.RENDERED)
         def form(chosen: tuple[str, dict[str, Any]]) -> None:
             name, changed = chosen
             if name:

@@ -187,7 +187,7 @@ class _Training:
                 if after is not None and main:
                     after(step)
                 if not report(self.title, step, total, {"loss": loss, **values}):
-                    if self.out.folder and self.out.checkpointing_steps:
+                    if self.out.folder and self.out.checkpointing_steps and step % self.out.checkpointing_steps:  # else it is there
                         self._save(self.out.folder, step)
                     break
         if self.ema is not None:

@@ -60,7 +60,9 @@ def test_an_example_is_learnt_with_a_mask_and_offered(visit: Visit, app: App, pi
     ended(panel)
     panel.get_by_text("which Compare and Compose offer").wait_for()
     assert panel.locator("#learnt").locator("img").count() == 2
-    page.wait_for_timeout(500)
+    for opened in ("Options of the method", "Samples and pictures"):
+        panel.get_by_role("button", name=opened).click()
+    page.wait_for_timeout(1500)  # for pictures to be loaded
     picture(page, "customize")
     newest = app.workspace.edits()[0]
     folder = app.workspace.path(newest)
@@ -72,18 +74,19 @@ def test_an_example_is_learnt_with_a_mask_and_offered(visit: Visit, app: App, pi
     page.get_by_role("option", name=newest.partition("/")[2]).wait_for()
 
 
-def test_a_stopped_run_is_gone_on_with(visit: Visit, app: App) -> None:
+def test_a_stopped_run_is_gone_on_with_and_kept_early(visit: Visit, app: App) -> None:
     page = visit()
     panel = tab(page, "Customize")
-    quickly(panel, 5, 1)
+    quickly(panel, 300, 1)
     panel.get_by_role("button", name="Learn it").click()
-    panel.get_by_text("step 1", exact=True).wait_for()
+    panel.locator("#samples img").first.wait_for()
     panel.get_by_role("button", name="Stop", exact=True).click()
     ended(panel, "Stopped.")
     [stopped] = {path.name for path in (app.workspace.folder / "runs").iterdir()} - {
         name.partition("/")[2] for name in app.workspace.edits()
     }
     panel.get_by_role("button", name="Go on with it").click()
+    panel.get_by_role("button", name="Stop and keep").click()
     ended(panel)
     assert f"runs/{stopped}" == app.workspace.edits()[0] and not list(app.workspace.path(f"runs/{stopped}").glob("checkpoint-*"))
 

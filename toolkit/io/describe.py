@@ -82,7 +82,7 @@ def fitted_on(file: Path) -> tuple[str, Mapping[str, str]]:
         return "", {}
     try:
         info: dict[str, Any] = json.loads(header)["info"]
-        own: list[dict[str, Any]] = [info, *(part["info"] for part in info.get("notes", {}).get("parts", ()))]
+        own: list[dict[str, Any]] = [info, *(part.get("info", part) for part in info.get("notes", {}).get("parts", ()))]
         return ", ".join(str(one["method"]) for one in own if one.get("method")), next((one["base"] for one in own if one.get("base")), {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file.name} has a damaged header ({error}); fit or download it again") from None
