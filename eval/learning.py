@@ -17,7 +17,7 @@ from toolkit.images import grid, save_png
 from toolkit.io.files import FILE_NAME
 from toolkit.method import Method, TrainedMethod
 from toolkit.pictures import captions_of, masks_of, pictures
-from toolkit.runs import TrainingRun, progress, timed, write_json
+from toolkit.runs import TrainingRun, check_writable, progress, timed, write_json
 from toolkit.sample import generate
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def learn(model: Model, method: Method, subject: Subject, out: Path, trying: Try
     task, prompts = CustomizeTask((subject,)), trying.of(subject.token)
     config = {"method": method.name(), "config": method.config(), **(origin or {}), "task": dataclasses.asdict(task)}
     config["trying"] = dataclasses.asdict(trying)
-    write_json(out / ASKED, config)
+    write_json(check_writable(out) / ASKED, config)
     with timed() as cost:
         if isinstance(method, TrainedMethod):
             sampled = prompts[:SAMPLED] if trying.every else ()
