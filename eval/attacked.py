@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from eval.pictures import as_images, spread
 from eval.trial import percent
-from toolkit.images import grid, save_png, to_pil
+from toolkit.images import grid, save_png
 from toolkit.runs import write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -125,7 +124,5 @@ def pictures(audit: Audit) -> list[tuple[Image.Image, str]]:
 
 def _row(label: str, shown: Sequence[Shown]) -> list[tuple[Image.Image, str]]:
     """Some of the pictures, spread evenly."""
-    drawn = [item for item in shown if item.pixels.numel()]
-    picked = drawn[:: max(1, len(drawn) // SHOWN)][:SHOWN]
-    images = to_pil(torch.stack([item.pixels for item in picked]).float() / 255) if picked else []
-    return [(image, f"{label}: {item.prompt.text}") for image, item in zip(images, picked, strict=True)]
+    picked = spread([item for item in shown if item.pixels.numel()], SHOWN)
+    return [(image, f"{label}: {item.prompt.text}") for image, item in zip(as_images(picked), picked, strict=True)]

@@ -32,11 +32,18 @@ class Known:
 
 @functools.cache
 def known(method: str) -> Known | None:
-    """What `eval/results/` holds about erasing single objects of the embedded world with a method; None when nothing."""
+    """What `eval/results/` holds about erasing single objects of the embedded world with a method; None when nothing.
+
+    Of several choices of options, those that were measured on the most objects.
+    """
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(stored.RESULTS.glob(f"{method}-*.json"))]
-    cells = [cell for cell in found if cell.get("method") == method and _one_object(cell.get("task", {}))]
-    if not cells:
+    by_options: dict[str, list[dict[str, Any]]] = {}
+    for cell in found:
+        if "attack" not in cell and cell["method"] == method and _one_object(cell["task"]):
+            by_options.setdefault(json.dumps(cell["config"], sort_keys=True), []).append(cell)
+    if not by_options:
         return None
+    cells = max(by_options.values(), key=len)
     named = [(cell["task"]["concepts"][0]["name"], stored.from_json(rows)) for cell in cells for rows in cell["images"].get("name", ())]
     kept = [stored.from_json(rows) for cell in cells for rows in cell["images"].get("kept", ())]
     before, after = [pair[0] for pair in kept], [pair[1] for pair in kept]
@@ -46,7 +53,7 @@ def known(method: str) -> Known | None:
         statistics.median(cell["seconds"] for cell in cells),
         rate([draws(shown, {name}) for name, (_, shown) in named], [shown.prompt.text for _, (_, shown) in named]),
         relative(before, after, object_right),
-        {key: value for key, value in cells[-1]["config"].items() if key in defaults and value != defaults[key]},
+        {key: value for key, value in cells[0]["config"].items() if key in defaults and value != defaults[key]},
     )
 
 

@@ -15,7 +15,7 @@ from toolkit.concepts import CustomizeTask, Subject
 from toolkit.errors import UserError
 from toolkit.images import grid, save_png
 from toolkit.io.files import FILE_NAME
-from toolkit.method import Method, TrainedMethod
+from toolkit.method import Method, fit
 from toolkit.pictures import captions_of, masks_of, pictures
 from toolkit.runs import TrainingRun, check_writable, progress, timed, write_json
 from toolkit.sample import generate
@@ -73,20 +73,13 @@ def learn(model: Model, method: Method, subject: Subject, out: Path, trying: Try
     origin: what else config.json says, such as the model's name; that file is there from the start on, so that `stopped` knows the rest
     of a run that does not get to its end. Its checkpoints are removed when it does.
     """
-    if model.arch.name not in method.architectures:
-        known = ", ".join(method.architectures)
-        raise UserError(f"{method.name()} does not work on {model.arch.name} models, only on {known}; choose another method or model")
     task, prompts = CustomizeTask((subject,)), trying.of(subject.token)
     config = {"method": method.name(), "config": method.config(), **(origin or {}), "task": dataclasses.asdict(task)}
     config["trying"] = dataclasses.asdict(trying)
     write_json(check_writable(out) / ASKED, config)
+    sampled = prompts[:SAMPLED] if trying.every else ()
     with timed() as cost:
-        if isinstance(method, TrainedMethod):
-            sampled = prompts[:SAMPLED] if trying.every else ()
-            run = TrainingRun(out, trying.every, sample_steps=trying.every if sampled else 0, sample_prompts=sampled)
-            edit = method.fit(model, task, run=run)
-        else:
-            edit = method.fit(model, task)
+        edit = fit(method, model, task, TrainingRun(out, trying.every, sample_steps=trying.every if sampled else 0, sample_prompts=sampled))
     learnt = Learnt(edit, cost.seconds)
     asked = [(prompt, seed) for prompt in prompts for seed in range(trying.images)]
     if asked:

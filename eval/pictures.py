@@ -21,15 +21,13 @@ def sheet(rows: Sequence[Sequence[Shown]], columns: int = 8) -> Image.Image:
     """
     if len(rows) == 1:
         return enlarged(rows[0][: 4 * columns], columns)
-    step = max(1, len(rows[0]) // columns)
-    picked = [item for row in rows for item in row[::step][:columns]]
+    picked = [item for row in rows for item in spread(row, columns)]
     return enlarged(picked, min(columns, len(rows[0])))
 
 
 def enlarged(shown: Sequence[Shown], columns: int) -> Image.Image:
     """A grid of images, small ones enlarged without smoothing."""
-    pixels = torch.stack([item.pixels for item in shown]).float() / 255
-    images = to_pil(pixels)
+    images = as_images(shown)
     if images[0].width <= 128:
         images = [image.resize((image.width * ENLARGED, image.height * ENLARGED), Image.Resampling.NEAREST) for image in images]
     return grid(images, columns)
@@ -38,3 +36,13 @@ def enlarged(shown: Sequence[Shown], columns: int) -> Image.Image:
 def save_sheet(path: Path, *rows: Sequence[Shown], columns: int = 8) -> str:
     """Write `sheet` as a PNG; returns its path."""
     return str(save_png(sheet(rows, columns), path))
+
+
+def spread(shown: Sequence[Shown], count: int) -> list[Shown]:
+    """At most so many images, spread evenly."""
+    return list(shown[:: max(1, len(shown) // count)][:count])
+
+
+def as_images(shown: Sequence[Shown]) -> list[Image.Image]:
+    """The pixels, which all of them have."""
+    return to_pil(torch.stack([item.pixels for item in shown]).float() / 255) if shown else []

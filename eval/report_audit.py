@@ -13,10 +13,10 @@ from eval.attacks.base import AttackResult
 from eval.bench_attacks import estimate
 from eval.bench_results import short
 from eval.intervals import NOTHING, Estimate
+from eval.pictures import as_images
 from eval.rates import Shown
 from eval.report_edit import EditFacts
 from toolkit import registry
-from toolkit.images import to_pil
 
 BACK, PART = 0.5, 0.05  # brought back: in so many images; in part: the interval excludes so few
 IN_A_ROW = 8  # images of a strip
@@ -275,8 +275,7 @@ class Audit:
 def strip(label: str, shown: Sequence[Shown]) -> str:
     """The first images in a row."""
     first = [item for item in shown if item.pixels.numel()][:IN_A_ROW]
-    images = [to_pil(item.pixels[None].float() / 255)[0] for item in first]
-    return part.strip(label, images, f"{label}: {'; '.join(item.prompt.text for item in first)}")
+    return part.strip(label, as_images(first), f"{label}: {'; '.join(item.prompt.text for item in first)}")
 
 
 def _said(rate: Estimate) -> str:

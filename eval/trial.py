@@ -8,17 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from eval import prompts as make
 from eval.commands.evaluate import knows_world
 from eval.intervals import Estimate
+from eval.pictures import as_images, spread
 from eval.rates import Painter, Shown, background_right, draws, object_right, relative, share
 from toolkit.commands import save_result
 from toolkit.concepts import EraseTask
 from toolkit.errors import UserError
-from toolkit.images import grid, save_png, to_pil
-from toolkit.method import Method, TrainedMethod
+from toolkit.images import grid, save_png
+from toolkit.method import Method, fit
 from toolkit.runs import TrainingRun, progress, timed, write_json
 from toolkit.sample import generate
 
@@ -75,15 +74,12 @@ def erase(
     images: of each erased concept by its name, four times as many of what should stay; 0 measures nothing. steps: of drawing them.
     origin: what else config.json says, such as the model's name. report.json and pictures are written beside the edit.
     """
-    if model.arch.name not in method.architectures:
-        known = ", ".join(method.architectures)
-        raise UserError(f"{method.name()} does not work on {model.arch.name} models, only on {known}; choose another method or model")
     world, targets, why = _known(model, task)
     asked = task  # what is named to be preserved is looked at first
     if everything_else:
         task = _with_everything_else(model, task, targets)
     with timed() as cost:
-        edit = method.fit(model, task, run=run) if isinstance(method, TrainedMethod) else method.fit(model, task)
+        edit = fit(method, model, task, run)
     trial = Trial(edit, cost.seconds, unmeasured=why)
     if world is not None and images:
         _measure(trial, model, asked, world, targets, images, steps)
@@ -119,11 +115,8 @@ def _with_everything_else(model: Model, task: EraseTask, targets: Sequence[Targe
 
     if not knows_world(model):
         raise UserError(f"{model.source} does not draw the embedded world, so what else it draws is not known; name what to preserve")
-    world, words = load_world(), {word for concept in task.concepts for word in concept.words}
-    erased = {name for target in targets for name in target.names}
-    erased |= {thing.name for word in words if (thing := make.find(world, word))}
-    rest = [word for word in everything_else(world, erased) if word not in {*words, *task.preserve}]
-    return replace(task, preserve=(*task.preserve, *rest))
+    erased = {name for target in targets for name in target.names} | {word for concept in task.concepts for word in concept.words}
+    return replace(task, preserve=tuple(dict.fromkeys((*task.preserve, *everything_else(load_world(), erased)))))
 
 
 def _draw(trial: Trial, model: Model, task: EraseTask, steps: int) -> None:
@@ -191,10 +184,8 @@ def _stay(world: World, task: EraseTask) -> list[str]:
 
 def _pairs(before: Sequence[Shown], after: Sequence[Shown]) -> list[Pair]:
     """Some of the pictures, spread evenly."""
-    step = max(1, len(before) // SHOWN)
-    old, new = ([item for item in side[::step][:SHOWN]] for side in (before, after))
-    images = (to_pil(torch.stack([item.pixels for item in side]).float() / 255) for side in (old, new))
-    return [Pair(item.prompt.text, first, second) for item, first, second in zip(old, *images, strict=True)]
+    old, new = spread(before, SHOWN), spread(after, SHOWN)
+    return [Pair(item.prompt.text, *images) for item, *images in zip(old, as_images(old), as_images(new), strict=True)]
 
 
 def percent(estimate: Estimate) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from toolkit.errors import UserError
 from toolkit.options import Configured, option
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from toolkit.model import Model
     from toolkit.runs import TrainingRun
 
-__all__ = ["Method", "Score", "option"]
+__all__ = ["Method", "Score", "TrainedMethod", "fit", "option"]
 
 Score = Callable[["Model"], float]
 
@@ -60,3 +61,11 @@ class TrainedMethod(Method):
     @abstractmethod
     def fit(self, model: Model, task: Task, *, score: Score | None = None, run: TrainingRun | None = None) -> Edit:
         """Fit an edit, see `Method.fit`. run: what is to be left behind meanwhile; None is nothing."""
+
+
+def fit(method: Method, model: Model, task: Task, run: TrainingRun | None = None) -> Edit:
+    """Fit any method. run: what one that trains leaves behind. An architecture that the method does not work on is a UserError."""
+    if model.arch.name not in method.architectures:
+        known = ", ".join(method.architectures)
+        raise UserError(f"{method.name()} does not work on {model.arch.name} models, only on {known}; choose another method or model")
+    return method.fit(model, task, run=run) if isinstance(method, TrainedMethod) else method.fit(model, task)

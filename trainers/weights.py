@@ -144,7 +144,7 @@ class WordsAndWeights(Trainable):
     weights, None is nothing.
     """
 
-    def __init__(self, rows: TokenRows, weights: FullWeights | LoraWeights, finish: Callable[[Delta], Edit] | None = None) -> None:
+    def __init__(self, rows: TokenRows, weights: Trainable, finish: Callable[[Any], Edit] = lambda change: change) -> None:
         super().__init__()
         self.rows, self.weights, self._finish = rows, weights, finish
 
@@ -159,10 +159,7 @@ class WordsAndWeights(Trainable):
         if not any(True for _ in self.weights.parameters()):
             return self.rows.edit(info)
         part = replace(info, on=(), triggers=(), config={}, notes={})
-        change = self.weights.edit(part)
-        if self._finish and isinstance(change, Delta):
-            change = self._finish(change)
-        return Chain.of([self.rows.edit(part), change], info=info)
+        return Chain.of([self.rows.edit(part), self._finish(self.weights.edit(part))], info=info)
 
 
 class WithAuxiliary(Trainable):

@@ -11,15 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.attacks.base import Scenario
-from eval.attacks.words import Attacked, WordAttack, one_hot_rows
+from eval.attacks.words import Attacked, WordAttack, encoded, one_hot_rows
 from toolkit.options import option
 from toolkit.runs import progress, seeded
 from toolkit.vocabulary import Slots, Vocabulary, swaps
 
 if TYPE_CHECKING:
     from toolkit.arch.text import Text
-
-BATCH = 64  # prompts that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,7 @@ class MMA(WordAttack):
 
     def losses(self, scenario: Scenario, texts: Sequence[str], target: Sequence[Tensor]) -> Tensor:
         """The distance [n] of each prompt."""
-        arch = scenario.base.arch
-        return torch.cat([distance(pooled(arch.encode(texts[i : i + BATCH])), target) for i in range(0, len(texts), BATCH)])
+        return torch.cat([distance(pooled(part), target) for part in encoded(scenario.base, texts)])
 
 
 def pooled(text: Text) -> list[Tensor]:

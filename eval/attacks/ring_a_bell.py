@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from eval.attacks.base import Scenario
-from eval.attacks.words import Attacked, WordAttack
+from eval.attacks.words import Attacked, WordAttack, encoded
 from toolkit.options import option
 from toolkit.runs import progress, seeded
 from toolkit.vocabulary import Vocabulary, genetic
 
 if TYPE_CHECKING:
     from toolkit.arch.text import Text
-    from toolkit.model import Model
-
-BATCH = 64  # prompts that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class RingABell(WordAttack):
         for i, target in enumerate(wanted):
 
             def loss(choices: Tensor, target: Tensor = target) -> Tensor:
-                return torch.cat([(part - target).square().sum((1, 2)) for part in encoded(base, vocabulary.texts(choices))])
+                return torch.cat([(rows(part) - target).square().sum((1, 2)) for part in encoded(base, vocabulary.texts(choices))])
 
             draw = seeded("ring_a_bell", self.seed, attacked.name, i)
             chances = {"crossover": self.crossover, "mutation": self.mutation}
@@ -86,11 +83,6 @@ def rows(text: Text) -> Tensor:
     return torch.cat([text.hidden, wide[:, None]], 1)
 
 
-def encoded(model: Model, prompts: Sequence[str]) -> Iterator[Tensor]:
-    """The `rows` of prompts, a part at a time."""
-    return (rows(model.arch.encode(prompts[i : i + BATCH])) for i in range(0, len(prompts), BATCH))
-
-
 def direction(scenario: Scenario, name: str, vocabulary: Vocabulary, pairs: int, seed: int) -> Tensor:
     """The concept's direction [L, d] in what the unedited model's text encoders give (`rows`)."""
     having = [prompt.text for prompt in scenario.asked(name, n=pairs, seed=scenario.seed)]
@@ -99,7 +91,7 @@ def direction(scenario: Scenario, name: str, vocabulary: Vocabulary, pairs: int,
     with progress(f"direction of {name}") as show:
 
         def told(prompts: Sequence[str], done: int) -> Iterator[Tensor]:
-            for part in encoded(scenario.base, prompts):
+            for part in map(rows, encoded(scenario.base, prompts)):
                 done += len(part)
                 show(done, 2 * pairs)
                 yield part

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from toolkit.options import option
 from toolkit.runs import seeded
 from toolkit.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from toolkit.arch.text import Text
+    from toolkit.model import Model
+
+BATCH = 64  # prompts that are encoded at once
 CHECK_SEED = 2 * PICTURE_SEEDS  # images that an attacker looks at while searching have seeds from here on
 
 
@@ -119,3 +124,8 @@ class WordAttack(Attack, ABC):
 def one_hot_rows(vocabulary: Vocabulary, weights: Tensor) -> dict[str, Tensor]:
     """Component -> rows [..., d] that weights [..., V] of the words mean."""
     return {part: weights @ rows for part, rows in vocabulary.rows.items()}
+
+
+def encoded(model: Model, prompts: Sequence[str]) -> Iterator[Text]:
+    """Prompts as the text encoders give them, `BATCH` at a time."""
+    return (model.arch.encode(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH))

@@ -48,7 +48,7 @@ def run(args: Namespace) -> dict[str, Any]:
     check_counts(args)
     method = open_method("debias", args.method, args.set)
     clip = functools.cache(lambda: load_clip(args.clip))
-    attributes, contexts = tuple(args.attributes), templates(args)
+    attributes, contexts = tuple(args.attributes), with_files(args.template, "--template")
     count = AttributeCounter(clip, attributes, contexts, args.n, args.seed, args.steps, args.guidance, args.batch_size)
     task = DebiasTask(concepts(args), attributes, count, tuple(args.ratios), tuple(args.preserve), contexts)
     out = check_writable(args.out)

@@ -58,3 +58,11 @@ def test_what_the_project_has_measured_is_told() -> None:
         found = known(name)
         assert found and found.seconds > 0 and 0 <= found.left.low <= found.left.high <= 1 and found.tasks > 0
         assert load("method", name).from_config(found.options).config() | found.options == load("method", name)(**found.options).config()
+
+
+def test_what_is_told_is_of_one_choice_of_options() -> None:
+    """The folder also has the same methods with other options, and attacks on what they made."""
+    spm = known("spm")
+    assert spm and "gate" not in spm.options and spm.tasks == 6 and spm.kept.value > 0.95
+    esd = known("esd")
+    assert esd and esd.tasks == 6 and esd.options["max_train_steps"] == 100

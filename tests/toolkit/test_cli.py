@@ -135,6 +135,8 @@ def test_what_is_preserved_may_stand_in_a_file_or_be_the_embedded_world(
     assert "warning: nothing was preserved" in capsys.readouterr().err
     call(capsys, *base, "--preserve", tmp_path / "kept.txt", "--preserve-world")
     kept = json.loads((tmp_path / "config.json").read_text())["task"]["preserve"]
+    call(capsys, "erase", "--model", folder, "--method", "uce", "--concept", "weapon", "--preserve-world", "--out", tmp_path)
+    assert not {"pistol", "knife"} & set(json.loads((tmp_path / "config.json").read_text())["task"]["preserve"])
     assert kept[:2] == ["car", "house"] and "dog" in kept and not {"cat", "pistol"} & set(kept) and len(set(kept)) == len(kept)
 
 

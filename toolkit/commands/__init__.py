@@ -151,13 +151,13 @@ def check_format(name: str) -> None:
 
 def fit_and_save(args: Namespace, method: Method, task: Task, out: Path) -> dict[str, Any]:
     """Fit the method to the model and write what it gives, as `save_fitted` does; of several processes the main one writes."""
-    from toolkit.method import TrainedMethod
+    from toolkit.method import fit
     from toolkit.runs import is_main_process, timed
 
     run = training_run(args, method, out)
     model = open_for(args, method)
     with timed() as cost:
-        edit = method.fit(model, task, run=run) if isinstance(method, TrainedMethod) else method.fit(model, task)
+        edit = fit(method, model, task, run)
     if not is_main_process():
         return {}
     return save_fitted(args, method, model, edit, out, dataclasses.asdict(task), dataclasses.asdict(cost))

@@ -42,7 +42,7 @@ def run(args: Namespace) -> dict[str, Any]:
 
 
 def preserved(args: Namespace) -> tuple[str, ...]:
-    """What --preserve says, and with --preserve-world what the embedded world has that is not erased by any of its words."""
+    """What --preserve says, and with --preserve-world what the embedded world has besides what is erased."""
     given = with_files(args.preserve, "--preserve")
     if not args.preserve_world:
         return given
@@ -50,9 +50,8 @@ def preserved(args: Namespace) -> tuple[str, ...]:
     from toolkit.world.scenes import load_world
 
     world, words = load_world(), {word for concept in concepts(args) for word in concept.words}
-    erased = {name for name, thing in world.things.items() if not words.isdisjoint((name, *thing.synonyms))}
     styles = [style for style in world.styles if args.style and style not in words]
-    return tuple(dict.fromkeys((*given, *styles, *everything_else(world, erased))))
+    return tuple(dict.fromkeys((*given, *styles, *everything_else(world, words))))
 
 
 def with_files(words: Iterable[str], option: str) -> tuple[str, ...]:

@@ -55,10 +55,12 @@ def _word(world: World, name: str, rng: np.random.Generator, synonyms: float) ->
 
 
 def everything_else(world: World, erased: Collection[str]) -> tuple[str, ...]:
-    """What an edit that erases these objects is told to preserve: every other scored one, by its name and once on a background.
+    """What an edit that erases these is told to preserve: every other scored object, by its name and once on a background.
 
-    With the names alone, what an object looks like in a longer prompt is not preserved well.
+    erased: names, synonyms or groups of objects; other words are nothing's. With the names alone, what an object looks like in a longer
+    prompt is not preserved well.
     """
-    names = [name for name in world.names("scored") if name not in erased]
+    called = {name: (name, *world.things[name].synonyms, world.things[name].group) for name in world.names("scored")}
+    names = [name for name, words in called.items() if not set(erased).intersection(words)]
     backgrounds = list(BACKGROUNDS)
     return (*names, *(f"{name} on a {backgrounds[i % len(backgrounds)]} background" for i, name in enumerate(names)))
