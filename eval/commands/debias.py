@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from toolkit.commands import add_fit_arguments, check_counts, open_for, open_method, save_fitted
-from toolkit.commands.erase import TEMPLATE_HELP, concepts, templates
+from toolkit.commands.erase import TEMPLATE_HELP, concepts, with_files
 from toolkit.concepts import DebiasTask
 
 HELP = "fit an edit that draws concepts with several attributes in wanted parts"
