@@ -50,7 +50,7 @@ def run(args: Namespace) -> dict[str, Any]:
     out = check_writable(args.out)
     following = [
         f"palimpsest generate --edit {out}/composed --prompt 'a {TOKEN} on a red background' --n 8 --out {out}/more",
-        f"palimpsest erase --method {ERASER} --concept knife --out {out}/knife",
+        f"palimpsest erase --method {ERASER} --concept knife --preserve-world --out {out}/knife",
         f"palimpsest audit {out}/erased --concept {WEAPON} --out {out}/audit",
     ]
     measured = f"with the oracle on {STEPS}-step images; 95 % intervals, clustered by prompt"
