@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eval.pictures import as_images, spread
 from eval.trial import percent
@@ -57,15 +56,13 @@ def audit(
     file: of the edit. name: what the page calls it. n: images of each concept and under each attack, and 8 n of everything else, each
     before and after; without `everything_else` the page does not say what else changed.
     """
-    from eval.commands import audit as command
+    from eval.auditor import Auditor
     from eval.report_edit import facts
 
+    auditor = Auditor(attacks, n, seed, steps, erased_only=not everything_else)
     about = dataclasses.replace(facts(str(file), edit, 1.0, model), file=name)
-    changed = [f"{attack}.{key}={_written(getattr(own, key))}" for attack, own in attacks.items() for key in own.changed()]
-    args = Namespace(**{**_defaults(name), "model": model.source, "concept": list(concepts), "attacks": list(attacks), "set": changed})
-    args.n, args.seed, args.steps, args.erased_only = n, seed, steps, not everything_else
     with model.attached(edit):
-        found = command.look(args, model, about, list(concepts), dict(attacks))
+        found = auditor.look(model, model.reference(), about, concepts, auditor.command(name, model.source, concepts))
     result = Attacked(found, rows(found), prompts(found), pictures(found))
     write_atomic(out / PAGE, found.page())
     write_json(out / "audit.json", found.as_json())
@@ -75,20 +72,6 @@ def audit(
     if result.pictures:
         save_png(grid([image for image, _ in result.pictures], SHOWN), out / "attacked.png")
     return result
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    """The command's other options."""
-    from eval.commands import audit as command
-
-    parser = ArgumentParser()
-    command.add_arguments(parser)
-    return {**vars(parser.parse_args([name])), "edit": [], "unedited": False, "drawn_well": None}
-
-
-def _written(value: Any) -> str:
-    """An option's value as it is written for --set."""
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else "none" if value is None else str(value)
 
 
 def rows(audit: Audit) -> list[list[str]]:

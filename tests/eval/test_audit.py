@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import eval.judges  # before the tests put another painter in the place of its base
 from eval.report_audit import ALWAYS_UNTESTED, OUTCOMES
 from eval.report_edit import changes, facts
 from tests.eval.images import Renderer, reading
@@ -42,8 +41,8 @@ def folder(tiny: Model, tmp_path: Path, untrained: Oracle, monkeypatch: pytest.M
 
     monkeypatch.setattr("eval.commands.audit.open_model", lambda args: tiny)
     monkeypatch.setattr("eval.commands.evaluate.knows_world", lambda model: True)
-    monkeypatch.setattr("toolkit.world.oracle.load_oracle", lambda: untrained)
-    monkeypatch.setattr("eval.rates.Painter", Erasing)
+    monkeypatch.setattr("eval.auditor.load_oracle", lambda: untrained)
+    monkeypatch.setattr("eval.auditor.Painter", Erasing)
     return tmp_path
 
 
@@ -78,7 +77,7 @@ def test_what_holds_is_said_with_what_cannot_be_excluded(
 ) -> None:
     gone = lambda prompt: reading({}, background=prompt.scene.background) if "pistol" in prompt.names else None  # noqa: E731
     monkeypatch.setattr(
-        "eval.rates.Painter", type("Gone", (Renderer,), {"__init__": lambda self, *a: Renderer.__init__(self, *a, spoil=gone)})
+        "eval.auditor.Painter", type("Gone", (Renderer,), {"__init__": lambda self, *a: Renderer.__init__(self, *a, spoil=gone)})
     )
     held, html = audit(folder, capsys, "--attacks", "paraphrase")
     assert held["survived"] == [] and held["attacks"][0]["outcome"] == OUTCOMES[2]
@@ -116,7 +115,7 @@ class Bright:
 
 def test_a_judge_takes_the_oracles_place(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.commands.evaluate.knows_world", lambda model: False)
-    monkeypatch.setattr(eval.judges, "open_judge", lambda *given: Bright())
+    monkeypatch.setattr("eval.auditor.open_judge", lambda *given: Bright())
     held, html = audit(folder, capsys, "--judge", "bright", "--steps", "1", "--attacks", "closed_form_preimage")
     assert held["measured_by"]["model"] == "bright" and held["metrics"]["target_accuracy"]["value"] == 0.5
     assert "does not draw pistol well enough" in held["attacks"][0]["impossible"] and "retained_objects" not in held["metrics"]
