@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.arch.text import Text
 from toolkit.concepts import Subject
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.pictures import captions_of, pictures
-from trainers.loop import Batch
+from toolkit.prompt_search import TokenRows
+from trainers.loop import Batch, LoopConfig
 from trainers.photos import drawings
 from trainers.subjects import Denoising, Drawings, Learned, Photos, Pool, Prompts, Samples
 from trainers.weights import Trainable
@@ -60,6 +61,10 @@ class Preserving(Learned, ABC):
             )
             raise UserError(f"{given}; needs at least 1, at least 1, and more than 0")
 
+    def words_rate(self) -> float:
+        """The step size of words' embeddings, where some are trained beside weights."""
+        return self.learning_rate
+
 
 class ClassPictures(Drawings):
     """What a model draws of prompts, each with a seed of its own."""
@@ -101,6 +106,15 @@ class PreservedDenoising(Denoising):
         self.preserving, self.subjects = method, subjects
         self.known = class_pictures(model, subjects, method) if method.prior in OF_PICTURES else None
         self.before = Prompts(model.arch, method.cache)  # what the text encoders say without what is trained
+
+    def optimizer(self, parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
+        words = {id(row) for part in self.module.modules() if isinstance(part, TokenRows) for row in part.parameters()}
+        others = [parameter for parameter in parameters if id(parameter) not in words]
+        if (rate := self.preserving.words_rate()) == config.learning_rate or not words or not others:
+            return super().optimizer(parameters, config)
+        made = super().optimizer(others, config)
+        made.add_param_group({"params": [parameter for parameter in parameters if id(parameter) in words], "lr": rate})
+        return made
 
     def loss_of(self, samples: Samples, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         if self.preserving.prior == "prediction":

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from toolkit.concepts import Concept, CustomizeTask, EraseTask, Subject
 from toolkit.edits.chain import Chain
@@ -14,6 +15,7 @@ from toolkit.edits.token import TokenEdit
 from toolkit.errors import UserError
 from toolkit.io.export import export
 from toolkit.model import Model
+from toolkit.prompt_search import TokenRows
 from toolkit.sample import sample
 from trainers.customize.dreambooth_lora import DreamBoothLora
 from trainers.loop import Batch
@@ -74,6 +76,27 @@ def test_words_are_learnt_with_the_change(tiny: Model, task: CustomizeTask) -> N
         assert all(len(row) == 2 and (row - start.tokens[token][part]).abs().amin(1).max() > 0 for part, row in rows.items())
     with pytest.raises(UserError, match="cache disk with num_vectors"):
         DreamBoothLora(num_vectors=1, cache="disk")
+
+
+def test_words_have_a_step_size_of_their_own(tiny: Model, task: CustomizeTask) -> None:
+    one = CustomizeTask((Subject("<toy>", "cat", task.subjects[0].images),))
+
+    def learnt(rate: float | None) -> tuple[dict[str, Tensor], LowRank]:
+        edit = DreamBoothLora(num_vectors=1, words_learning_rate=rate, max_train_steps=1, learning_rate=0.01).fit(tiny, one)
+        assert isinstance(edit, Chain)
+        words, change = edit.edits
+        assert isinstance(words, TokenEdit) and isinstance(change, LowRank)
+        return words.tokens["<toy>"], change
+
+    with TokenRows(tiny, {"<toy>": "cat"}) as rows:
+        start = rows.edit().tokens["<toy>"]
+    (same, change), (far, unmoved) = learnt(None), learnt(0.1)
+    for part, row in start.items():  # Adam's first step is the step size in every coordinate
+        assert torch.allclose((same[part] - row).abs(), torch.tensor(0.01), rtol=0.1)
+        assert torch.allclose((far[part] - row).abs(), torch.tensor(0.1), rtol=0.1)
+    assert all(torch.equal(change.up[site], unmoved.up[site]) for site in change.up)
+    with pytest.raises(UserError, match="has no effect with num_vectors 0"):
+        DreamBoothLora(words_learning_rate=0.1)
 
 
 def test_alpha_scales_the_change(tiny: Model, task: CustomizeTask) -> None:

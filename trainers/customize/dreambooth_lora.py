@@ -49,8 +49,9 @@ class DreamBoothLora(Preserving):
     Deviations
         The paper trains every weight; layers "all" is nearest to that. prior "prediction" needs no pictures of
         the class: it keeps what the model predicts at the subject's pictures for the class name. With num_vectors the word has
-        embeddings of its own, which start at the class name's and are learnt with the change at the same step size (pivotal tuning, as in
-        diffusers' train_dreambooth_lora_sd15_advanced.py); the edit is then a chain of the two. A picture's own caption is used when
+        embeddings of its own, which start at the class name's and are learnt with the change (pivotal tuning, as in diffusers'
+        train_dreambooth_lora_sd15_advanced.py), at a step size of their own if words_learning_rate says so; the edit is then a chain of
+        the two. A picture's own caption is used when
         it has one, which should have the word in it; else a template with the word and the class. The posterior's mean is encoded,
         once, not a new sample in every step. Timesteps are stratified over the batch by default: each is still uniform. With masks the
         error counts on the subject only.
@@ -61,6 +62,7 @@ class DreamBoothLora(Preserving):
     lora_alpha: float | None = option(None, "scale of the change is this divided by the rank; none is the rank")
     train_text_encoder: bool = option(False, "adapt the text encoders too")
     num_vectors: int = option(0, "embedding vectors of the word, which are learnt with the change; 0: tokens that are there spell it")
+    words_learning_rate: float | None = option(None, "step size of these vectors; none is learning_rate")
     learning_rate: float = option(1e-4, "step size")
 
     architectures: ClassVar = ("sd", "sdxl")
@@ -70,6 +72,8 @@ class DreamBoothLora(Preserving):
         super().__post_init__()
         self.at_least(1, "rank")
         self.at_least(0, "num_vectors")
+        if self.words_learning_rate is not None and not self.num_vectors:
+            raise UserError(f"words_learning_rate {self.words_learning_rate} has no effect with num_vectors 0; set that, or leave it out")
         if (self.train_text_encoder or self.num_vectors) and self.cache == "disk":
             what = "train_text_encoder" if self.train_text_encoder else "num_vectors"
             raise UserError(f"cache disk with {what}: prompts change as it learns, and cannot be kept; set cache to memory")
@@ -94,6 +98,9 @@ class DreamBoothLora(Preserving):
         """The loss. The weights act in the model while they are trained."""
         pictures = Photos.of(model.arch, subjects, self, TEMPLATES, named)
         return PreservedDenoising(model, weights, self.text(model), self, subjects, pictures)
+
+    def words_rate(self) -> float:
+        return self.learning_rate if self.words_learning_rate is None else self.words_learning_rate
 
     def text(self, model: Model) -> Prompts:
         """Encoded prompts, with the graph where what encodes them is trained."""
