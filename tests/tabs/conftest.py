@@ -8,6 +8,7 @@ import shutil
 import socket
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +59,31 @@ def saved_edit(app: App) -> str:
     return app.workspace.name(out)
 
 
-@pytest.fixture(scope="session")
-def server(app: App) -> Iterator[str]:
-    """The address of a running app."""
+@contextmanager
+def served(app: App, auth: tuple[str, str] | None = None) -> Iterator[str]:
+    """Its address while it runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", "")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        page = command.serve(app, arguments("--port", str(port)), block=False)
+        page = command.serve(app, arguments("--port", str(port)), auth, block=False)
         yield str(page.local_url).rstrip("/")
         page.close()
+
+
+@pytest.fixture(scope="session")
+def server(app: App) -> Iterator[str]:
+    """The address of a running app."""
+    with served(app) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def locked(app: App) -> Iterator[str]:
+    """The address of one that asks for a user and a password."""
+    with served(app, ("me", "a long secret")) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from clicks import PHONE, choose, ended, few_pictures, tab
+from clicks import PHONE, choose, ended, few_pictures, fits_a_phone, tab
 
 from tabs.base import App
 
@@ -32,6 +32,7 @@ def test_an_edit_that_was_erased_is_compared_at_half_its_strength(visit: Visit, 
     ended(panel)
     assert "is drawn, asked by name" in panel.get_by_role("grid").inner_text()
     picture(page, "erase")
+    fits_a_phone(page)
     newest = app.workspace.edits()[0].partition("/")[2]
 
     panel = tab(page, "Compare")
@@ -51,6 +52,7 @@ def test_an_edit_that_was_erased_is_compared_at_half_its_strength(visit: Visit, 
     choose(page, panel, "Look at what was kept", newest)
     panel.get_by_text("Measured").wait_for()
     picture(page, "jobs")
+    fits_a_phone(page)
 
 
 def test_training_is_stopped_in_its_middle_and_leaves_nothing(visit: Visit, app: App) -> None:

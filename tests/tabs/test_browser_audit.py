@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clicks import PHONE, choose, ended, tab
+from clicks import PHONE, choose, ended, fits_a_phone, tab
 from safetensors import safe_open
 
 from tabs.base import App
@@ -30,6 +30,7 @@ def test_an_erased_concept_is_attacked(visit: Visit, app: App, saved_edit: str, 
     shown = panel.frame_locator("iframe[title='Audit page']")
     shown.get_by_role("heading", name="How it was attacked").wait_for()
     picture(page, "attack")
+    fits_a_phone(page)
     with page.expect_download() as started:
         panel.get_by_role("button", name="Download the audit page").click()
     started.value.save_as(tmp_path / "audit.html")
