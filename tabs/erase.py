@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +11,7 @@ import gradio as gr
 
 from tabs import forms, live, looks
 from tabs.base import App, Tab
-from toolkit import registry
+from tabs.method_form import MethodForm
 from toolkit.concepts import Concept, EraseTask
 from toolkit.errors import UserError
 
@@ -46,13 +47,8 @@ class Erase(Tab):
                 rest = gr.Checkbox(knows_world(app.shelf.model), label="Preserve everything else of the embedded world, too")
                 kind = gr.Radio([("objects", "object"), ("styles", "style")], value="object", label="The concepts are")
                 model = forms.model_choice(app)
-                method = gr.Dropdown(names, value=first, label="Method")
-                about = gr.Markdown(describe(app, first), elem_classes="pal-note")
-                options = forms.collected("options")
-                start = gr.State((first, {}))
-                with gr.Accordion("Options of the method", open=False):
-                    preset = gr.Button("Use the options measured on the embedded model", size="sm", visible=bool(presets(first)))
-                    self._options(start, options)
+                say = partial(describe, app)
+                method = MethodForm(app, "erase", names, first, say, preset=("Use the options measured on the embedded model", presets))
                 with gr.Accordion("Pictures and measurement", open=False):
                     images = gr.Slider(0, MAX_IMAGES, 8, step=1, label="Images for each concept; 0: measure nothing")
                     steps = gr.Slider(1, MAX_STEPS, 12, step=1, label="Steps of drawing them")
@@ -72,7 +68,7 @@ class Erase(Tab):
                 retained = gr.Gallery(label="Retained: before and after", **shown)
                 table = gr.Dataframe(headers=HEADINGS, label="Measured, with 95 % intervals", interactive=False, wrap=True, visible=False)
                 note = gr.Markdown(elem_classes="pal-note")
-        inputs = [concepts, synonyms, anchors, preserve, rest, kind, model, method, options, images, steps, goes_on]
+        inputs = [concepts, synonyms, anchors, preserve, rest, kind, model, *method.inputs, images, steps, goes_on]
 
         def begin(session: str, *given: Any) -> Job:
             asked, go_on = settings(app, *given)
@@ -90,29 +86,8 @@ class Erase(Tab):
                 note: f"Fitted in {live.duration(trial.seconds)}; saved as `{saved}`, which Compare offers. {trial.unmeasured}",
             }
 
-        def choose(name: str) -> tuple[Any, ...]:
-            with live.told():
-                forms.configured(app, "erase", name, "{}")
-                return describe(app, name), "{}", (name, {}), gr.Button(visible=bool(presets(name)))
-
-        def use_preset(name: str) -> tuple[str, tuple[str, dict[str, Any]]]:
-            with live.told():
-                forms.configured(app, "erase", name, "{}")
-                return json.dumps(presets(name)), (name, presets(name))
-
         outputs = [*bar.outputs, erased, retained, table, note]
         erase.click(bar.event(begin, show, live.names_of(settings)), inputs, outputs, api_name="erase", **live.STARTED)
-        method.change(choose, method, [about, options, start, preset], api_visibility="private", **live.QUIET)
-        preset.click(use_preset, method, [options, start], api_visibility="private", **live.QUIET)
-
-    @staticmethod
-    def _options(start: gr.State, options: gr.Textbox) -> None:
-        """The form of the chosen method, made anew when another is chosen."""
-
-        @gr.render(start, **live.RENDERED)
-        def form(chosen: tuple[str, dict[str, Any]]) -> None:
-            name, changed = chosen
-            forms.options(registry.load("method", name), changed, options)
 
 
 def settings(
