@@ -17,7 +17,8 @@ from eval.subjects import alone as portrayed
 from toolkit.concepts import Concept, EraseTask, Task
 from toolkit.errors import UserError, unknown
 from toolkit.method import Method
-from toolkit.world.captions import AT, everything_else
+from toolkit.world.captions import AT
+from toolkit.world.kept import everything_else
 from toolkit.world.scenes import BACKGROUNDS, Scene, World
 
 KEPT = 0.75  # images of everything else in a cell, per image of the concept by name

@@ -40,6 +40,7 @@ from toolkit import registry
 from toolkit.errors import UserError, unknown
 from toolkit.method import Method
 from toolkit.options import Configured, option
+from toolkit.world.kept import keeping_world
 
 LABELS = {
     "objects": ("name", "given", "held_back", "kept", "beside"),
@@ -227,10 +228,12 @@ def _method(label: str, options: dict[str, Any]) -> tuple[Method, Given]:
     """The method of a table [methods.LABEL], and what it is given."""
     options = _table("methods", label, options)
     given = options.pop("given", {})
-    method = registry.load("method", options.pop("method", label)).from_config(options)
+    beside = Given.from_config(given)
+    kind = registry.load("method", options.pop("method", label))
+    method = kind.from_config(keeping_world(kind, options) if beside.world else options)
     if given and method.kind != "customize":
         raise UserError(f"methods.{label} is given {', '.join(given)}, and {method.name()} learns from no pictures; leave it out")
-    return method, Given.from_config(given)
+    return method, beside
 
 
 def _attack(label: str, options: dict[str, Any]) -> Attack:

@@ -29,6 +29,7 @@ class Given(Configured):
     captions: bool = option(True, "captions that say what else is in a picture")
     masks: bool = option(False, "for each picture and subject a mask, the true one")
     class_after: bool = option(False, "put the class name after the word, in captions and when it is asked")
+    world: bool = option(False, "everything else that the embedded model draws, to be kept")
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def _known(model: Model, task: EraseTask) -> tuple[World | None, list[Target], s
 
 def _with_everything_else(model: Model, task: EraseTask, targets: Sequence[Target]) -> EraseTask:
     """The task that preserves what the embedded world has, except what is erased by any of its names."""
-    from toolkit.world.captions import everything_else
+    from toolkit.world.kept import everything_else
     from toolkit.world.scenes import load_world
 
     if not knows_world(model):

@@ -136,7 +136,7 @@ class Demo:
         """Fit an edit that erases the weapon; every other object of the world is preserved."""
         from toolkit import registry
         from toolkit.concepts import Concept, EraseTask
-        from toolkit.world.captions import everything_else
+        from toolkit.world.kept import everything_else
 
         self.say(f"erasing the {WEAPON} and its synonyms with {ERASER}")
         thing = self.world.things[WEAPON]

@@ -17,7 +17,7 @@ from toolkit.concepts import Concept, CustomizeTask, EraseTask
 from toolkit.io.export import export
 from toolkit.model import Model
 from toolkit.registry import load
-from toolkit.world.captions import everything_else
+from toolkit.world.kept import everything_else
 from toolkit.world.scenes import ASSETS, World
 
 ERASED = "dog"

@@ -1,5 +1,6 @@
 """dreambooth_lora: what is trained, on which prompts, and that the result is an ordinary LoRA."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_words_are_learnt_with_the_change(tiny: Model, task: CustomizeTask) -> N
 def test_words_have_a_step_size_of_their_own(tiny: Model, task: CustomizeTask) -> None:
     one = CustomizeTask((Subject("<toy>", "cat", task.subjects[0].images),))
 
-    def learnt(rate: float | None) -> tuple[dict[str, Tensor], LowRank]:
+    def learnt(rate: float | None) -> tuple[Mapping[str, Tensor], LowRank]:
         edit = DreamBoothLora(num_vectors=1, words_learning_rate=rate, max_train_steps=1, learning_rate=0.01).fit(tiny, one)
         assert isinstance(edit, Chain)
         words, change = edit.edits

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,12 +102,15 @@ def open_edit(written: str, base: Callable[[], Model] | None = None) -> tuple[Ed
     return edit, scale
 
 
-def open_method(kind: str, name: str, settings: list[str]) -> Method:
-    """The method called `name` with its `--set` options; it must be of this kind ("erase", "merge")."""
+def open_method(kind: str, name: str, settings: list[str], *told: Callable[[type[Method], Mapping[str, Any]], dict[str, Any]]) -> Method:
+    """The method called `name` with its `--set` options; it must be of this kind ("erase", "merge"). told: what else says options."""
     method = registry.load("method", name)
     if method.kind != kind:
         raise UserError(f"{name} is a method to {method.kind}, not to {kind}; give one of: {', '.join(_methods_of(kind))}")
-    return method.from_config(pairs(settings, "--set"))
+    options: dict[str, Any] = dict(pairs(settings, "--set"))
+    for more in told:
+        options = more(method, options)
+    return method.from_config(options)
 
 
 def pairs(written: list[str], option: str) -> dict[str, str]:

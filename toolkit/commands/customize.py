@@ -21,14 +21,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--images", nargs="+", action="extend", required=True, metavar="DIR", help=help_images)
     parser.add_argument("--masks", nargs="+", action="extend", default=[], metavar="DIR", help="a folder of masks, named as the pictures")
     parser.add_argument("--class-name", nargs="+", action="extend", default=[], metavar="N", help=help_class)
+    help_world = "keep everything that the embedded model draws as it is, by prior distillation"
+    parser.add_argument("--preserve-world", action="store_true", help=help_world)
     parser.add_argument("--token", nargs="+", action="extend", required=True, metavar="T", help="each subject's new word, e.g. '<toy>'")
 
 
 def run(args: Namespace) -> dict[str, Any]:
     """Writes edit.safetensors, config.json and result.json. Gives `edit`, `method`, `config`, the cost and `edit_bytes`."""
     from toolkit.runs import check_writable
+    from toolkit.world.kept import keeping_world
 
-    method = open_method("customize", args.method, args.set)
+    method = open_method("customize", args.method, args.set, *([keeping_world] if args.preserve_world else []))
     task = CustomizeTask(subjects(args))
     return fit_and_save(args, method, task, check_writable(args.out))
 

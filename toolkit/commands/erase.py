@@ -46,7 +46,7 @@ def preserved(args: Namespace) -> tuple[str, ...]:
     given = with_files(args.preserve, "--preserve")
     if not args.preserve_world:
         return given
-    from toolkit.world.captions import everything_else
+    from toolkit.world.kept import everything_else
     from toolkit.world.scenes import load_world
 
     world, words = load_world(), {word for concept in concepts(args) for word in concept.words}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 
-from toolkit.world.scenes import BACKGROUNDS, Scene, World, pick
+from toolkit.world.scenes import Scene, World, pick
 
 AT = {
     "center": ("in the middle",),
@@ -52,15 +50,3 @@ def caption(world: World, scene: Scene, rng: np.random.Generator, *, full: bool 
 def _word(world: World, name: str, rng: np.random.Generator, synonyms: float) -> str:
     others = world.things[name].synonyms
     return pick(rng, list(others)) if others and rng.random() < synonyms else name
-
-
-def everything_else(world: World, erased: Collection[str]) -> tuple[str, ...]:
-    """What an edit that erases these is told to preserve: every other scored object, by its name and once on a background.
-
-    erased: names, synonyms or groups of objects; other words are nothing's. With the names alone, what an object looks like in a longer
-    prompt is not preserved well.
-    """
-    called = {name: (name, *world.things[name].synonyms, world.things[name].group) for name in world.names("scored")}
-    names = [name for name, words in called.items() if not set(erased).intersection(words)]
-    backgrounds = list(BACKGROUNDS)
-    return (*names, *(f"{name} on a {backgrounds[i % len(backgrounds)]} background" for i, name in enumerate(names)))

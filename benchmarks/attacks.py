@@ -1,0 +1,117 @@
+"""What a step of an attack costs beside the denoiser's own forward and backward pass.
+
+    python -m benchmarks.attacks [--attacks concept_inversion ...] [--n 8] [--out docs/performance.md]
+
+The embedded model forgets the pistol by `uce` and is attacked. Every call of the denoiser that gradients flow through, and the time of
+every backward pass, are noted; a step is from one backward pass to the next, so that everything between them counts: the words that are
+drawn, the text encoder, the optimizer, the noise. The denoiser alone is then run on the same calls, forward and backward with respect
+to the text. Both in time of the processor, one process side by side; the medians of all steps, so that the few steps in which an attack
+looks at images are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.page import write_section
+from eval.attacks.base import Scenario
+from eval.prompts import resolve
+from eval.rates import Painter
+from toolkit import load_model, registry
+from toolkit.concepts import Concept, EraseTask
+from toolkit.world.oracle import load_oracle
+from toolkit.world.scenes import load_world
+
+if TYPE_CHECKING:
+    from toolkit.arch.base import Architecture
+
+BAR = 1.3
+SEARCHES: dict[str, dict[str, Any]] = {
+    "concept_inversion": {"max_train_steps": 40},
+    "unlearn_diff_atk": {"timesteps": 2, "steps_per_timestep": 20},
+    "p4d": {"steps": 40, "steps_per_look": 40},
+}
+SECTION = """## Attacks
+
+Made by `python -m benchmarks.attacks`: emoji-sd without its pistol, {n} images, threads: {threads}; the medians of all steps, in time of
+the processor. A step is from one backward pass to the next; what it is compared with is the denoiser alone, forward and backward.
+
+| attack | a step | the denoiser alone | |
+|---|---|---|---|
+{rows}
+"""
+
+
+@dataclass
+class Noted:
+    """The denoiser's calls with gradients, and when backward passes began."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attacks", nargs="+", default=list(SEARCHES), choices=list(SEARCHES), help="default: %(default)s")
+    parser.add_argument("--n", type=int, default=8, help="images (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="the page whose section is written anew")
+    args = parser.parse_args()
+    model, world = load_model("emoji-sd"), load_world()
+    edit = registry.load("method", "uce")().fit(model, EraseTask((Concept("pistol"),), ("knife", "dog")))
+    rows = []
+    with model.attached(edit):
+        painter = Painter(load_oracle(), steps=2)
+        scenario = Scenario(world, painter, model, model.reference(), resolve(world, "pistol"), args.n)
+        for name in args.attacks:
+            with noting(model.arch) as noted:
+                registry.load("attack", name).from_config(SEARCHES[name]).run(scenario)
+            steps = [later - sooner for sooner, later in zip(noted.times, noted.times[1:], strict=False)]
+            step, floor = statistics.median(steps), statistics.median(alone(model.arch, call) for call in noted.calls)
+            missed = "" if step <= BAR * floor else ", **missed**"
+            rows.append(f"| `{name}` | {1e3 * step:.0f} ms | {1e3 * floor:.0f} ms | {step / floor:.2f} times (bar ≤ {BAR}{missed}) |")
+            print(rows[-1], flush=True)
+    if args.out:
+        write_section(args.out, SECTION.format(n=args.n, threads=torch.get_num_threads(), rows="\n".join(rows)))
+
+
+@contextmanager
+def noting(arch: Architecture) -> Iterator[Noted]:
+    """Within the block what the attack does is noted."""
+    noted, backward, predict = Noted(), torch.Tensor.backward, arch.predict
+
+    def noted_backward(self: torch.Tensor, *given: Any, **options: Any) -> None:
+        noted.times.append(time.process_time())
+        backward(self, *given, **options)
+
+    def noted_predict(*given: Any, **options: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            noted.calls.append(given)
+        return predict(*given, **options)
+
+    torch.Tensor.backward, arch.predict = noted_backward, noted_predict
+    try:
+        yield noted
+    finally:
+        torch.Tensor.backward, arch.predict = backward, predict
+
+
+def alone(arch: Architecture, call: tuple[Any, ...]) -> float:
+    """The processor's time for a call of the denoiser, forward and backward."""
+    x, t, text = call
+    hidden = text.hidden.detach().requires_grad_()
+    start = time.process_time()
+    arch.predict(x, t, replace(text, hidden=hidden)).square().mean().backward()
+    return time.process_time() - start
+
+
+if __name__ == "__main__":
+    main()
