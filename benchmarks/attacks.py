@@ -2,11 +2,10 @@
 
     python -m benchmarks.attacks [--attacks concept_inversion ...] [--n 8] [--out docs/performance.md]
 
-The embedded model forgets the pistol by `uce` and is attacked. Every call of the denoiser that gradients flow through, and the time of
-every backward pass, are noted; a step is from one backward pass to the next, so that everything between them counts: the words that are
-drawn, the text encoder, the optimizer, the noise. The denoiser alone is then run on the same calls, forward and backward with respect
-to the text. Both in time of the processor, one process side by side; the medians of all steps, so that the few steps in which an attack
-looks at images are left out.
+The embedded model forgets the pistol by `uce` and is attacked. Every call of the denoiser that gradients flow through is noted with its
+time; a step is from one to the next, so that everything between them counts: the words that are drawn, the text encoder, the optimizer,
+the noise. The denoiser alone is then run on the same calls and as precisely, forward and backward with respect to the text. Both in time
+of the processor, one process side by side; the medians of all steps, so that the few in which an attack looks at images are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 SECTION = """## Attacks
 
 Made by `python -m benchmarks.attacks`: emoji-sd without its pistol, {n} images, threads: {threads}; the medians of all steps, in time of
-the processor. A step is from one backward pass to the next; what it is compared with is the denoiser alone, forward and backward.
+the processor. A step is from one call of the denoiser to the next; beside it the denoiser alone, forward and backward.
 
 | attack | a step | the denoiser alone | |
 |---|---|---|---|
@@ -51,12 +51,13 @@ the processor. A step is from one backward pass to the next; what it is compared
 """
 
 
-@dataclass
-class Noted:
-    """The denoiser's calls with gradients, and when backward passes began."""
+@dataclass(frozen=True)
+class Call:
+    """A call of the denoiser with gradients: when, on what, and in which type autocast computed, None is none."""
 
-    calls: list[tuple[Any, ...]] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+    begun: float
+    given: tuple[Any, ...]
+    autocast: torch.dtype | None
 
 
 def main() -> None:
@@ -72,10 +73,10 @@ def main() -> None:
         painter = Painter(load_oracle(), steps=2)
         scenario = Scenario(world, painter, model, model.reference(), resolve(world, "pistol"), args.n)
         for name in args.attacks:
-            with noting(model.arch) as noted:
+            with noting(model.arch) as calls:
                 registry.load("attack", name).from_config(SEARCHES[name]).run(scenario)
-            steps = [later - sooner for sooner, later in zip(noted.times, noted.times[1:], strict=False)]
-            step, floor = statistics.median(steps), statistics.median(alone(model.arch, call) for call in noted.calls)
+            step = statistics.median(later.begun - sooner.begun for sooner, later in pairwise(calls))
+            floor = statistics.median(alone(model.arch, call) for call in calls)
             missed = "" if step <= BAR * floor else ", **missed**"
             rows.append(f"| `{name}` | {1e3 * step:.0f} ms | {1e3 * floor:.0f} ms | {step / floor:.2f} times (bar ≤ {BAR}{missed}) |")
             print(rows[-1], flush=True)
@@ -84,32 +85,32 @@ def main() -> None:
 
 
 @contextmanager
-def noting(arch: Architecture) -> Iterator[Noted]:
-    """Within the block what the attack does is noted."""
-    noted, backward, predict = Noted(), torch.Tensor.backward, arch.predict
+def noting(arch: Architecture) -> Iterator[list[Call]]:
+    """Within the block the denoiser's calls are noted."""
+    calls: list[Call] = []
+    predict, device = arch.predict, arch.device.type
 
-    def noted_backward(self: torch.Tensor, *given: Any, **options: Any) -> None:
-        noted.times.append(time.process_time())
-        backward(self, *given, **options)
-
-    def noted_predict(*given: Any, **options: Any) -> torch.Tensor:
+    def noted(*given: Any, **options: Any) -> torch.Tensor:
         if torch.is_grad_enabled():
-            noted.calls.append(given)
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            calls.append(Call(time.process_time(), given, autocast))
         return predict(*given, **options)
 
-    torch.Tensor.backward, arch.predict = noted_backward, noted_predict
+    arch.predict = noted
     try:
-        yield noted
+        yield calls
     finally:
-        torch.Tensor.backward, arch.predict = backward, predict
+        arch.predict = predict
 
 
-def alone(arch: Architecture, call: tuple[Any, ...]) -> float:
+def alone(arch: Architecture, call: Call) -> float:
     """The processor's time for a call of the denoiser, forward and backward."""
-    x, t, text = call
+    x, t, text = call.given
     hidden = text.hidden.detach().requires_grad_()
     start = time.process_time()
-    arch.predict(x, t, replace(text, hidden=hidden)).square().mean().backward()
+    with torch.autocast(arch.device.type, call.autocast, enabled=call.autocast is not None):
+        loss = arch.predict(x, t, replace(text, hidden=hidden)).float().square().mean()
+    loss.backward()
     return time.process_time() - start
 
 
