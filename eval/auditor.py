@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from eval.attacks.base import Scenario
 from eval.intervals import NOTHING
@@ -15,6 +15,7 @@ from eval.rates import Painter, share
 from eval.report_audit import Audit, Tried
 from eval.suites import Suite
 from toolkit.errors import UserError
+from toolkit.options import written
 from toolkit.pictures import pictures
 from toolkit.runs import timed
 from toolkit.world.oracle import load_oracle
@@ -72,7 +73,7 @@ class Auditor:
         given = {**more, "judge": self.judge, "kind": kind, "pictures": self.pictures, "guidance": self.guidance}
         words = ["palimpsest", "audit", file, "--model", model]
         words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-        changed = [f"{name}.{key}={_written(getattr(own, key))}" for name, own in self.attacks.items() for key in own.changed()]
+        changed = [f"{name}.{key}={written(getattr(own, key))}" for name, own in self.attacks.items() for key in own.changed()]
         lists = {"concept": concepts, "synonyms": self.synonyms, "set": changed}
         words += [word for name, several in lists.items() if several for word in (f"--{name}", *several)]
         words += ["--attacks", *self.attacks]  # none is not the default
@@ -140,8 +141,3 @@ class Auditor:
             control = attack.run(scenario.control()).attack_success_rate if controlled else NOTHING
             tried.append(replace(one, control=control, seconds=cost.seconds))
         return tried
-
-
-def _written(value: Any) -> str:
-    """An option's value as it is written for --set."""
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else "none" if value is None else str(value)

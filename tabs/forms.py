@@ -22,6 +22,7 @@ from tabs.base import App
 from tabs.live import RENDERED, number, optional, told
 from toolkit import registry
 from toolkit.errors import UserError
+from toolkit.options import written
 from toolkit.workspace import PARTS
 
 LONGEST_JSON = 20_000
@@ -113,7 +114,7 @@ def _component(field: Any, kind: Any, value: Any) -> Any:
         return gr.Dropdown([str(choice) for choice in choices], value=str(value), **shown)
     if kind in (int, float) and value == value and abs(value) != float("inf"):
         return gr.Number(value, precision=0 if kind is int else None, **shown)
-    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
+    text = written(value)
     return gr.Textbox(text, **shown)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import typing
 from collections.abc import Iterable
 from typing import Any, Literal, Self
@@ -58,6 +59,24 @@ class Configured:
         return cls(**{key: _convert(cls.name(), key, value, fields[key]) for key, value in config.items()})
 
 
+def written(value: Any) -> str:
+    """An option's value as text that converts back: several with commas between, or as a JSON list where one of them has a comma."""
+    if isinstance(value, list | tuple):
+        texts = list(map(str, value))
+        return json.dumps(texts) if any("," in text or text.startswith("[") for text in texts) else ",".join(texts)
+    return "none" if value is None else str(value)
+
+
+def _several(owner: str, key: str, text: str) -> list[Any]:
+    """The values of an option that takes several, as `written` writes them."""
+    if not text.startswith("["):
+        return text.split(",") if text else []
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(found := json.loads(text), list):
+            return found
+    raise UserError(f"option {key} of {owner} is {text[:80]!r}, which is no JSON list; write values with commas between, or such a list")
+
+
 def _convert(owner: str, key: str, value: Any, kind: Any) -> Any:
     """`value` (a JSON value, or text from the command line) as the type of the option."""
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
@@ -70,7 +89,7 @@ def _convert(owner: str, key: str, value: Any, kind: Any) -> Any:
             return None
         return _convert(owner, key, value, next(choice for choice in choices if choice is not type(None)))
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = _several(owner, key, value) if isinstance(value, str) else value
         return tuple(_convert(owner, key, item, choices[0]) for item in items)
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
