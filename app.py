@@ -34,10 +34,14 @@ def run(args: Namespace) -> dict[str, Any]:
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if not args.allow_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+
     from tabs.base import App
     from toolkit.runs import limit_memory
 
-    app = App.of(args)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # while the model is loaded, too: jobs alone compute with all of them
+    app = App.of(args, threads)
     if app.shelf.model.arch.device.type == "cpu":
         limit_memory()
     try:

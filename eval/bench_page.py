@@ -50,6 +50,7 @@ COMPARED = {
     "styles": ("drawn by name", "unedited, no style named", "object right", "background right", "others kept"),
     **COLUMNS,
 }
+MANY = 8  # values of an option that a page shows all of
 INSTEAD = ("shows", "most often", "background", "style", "oracle-KID", "others kept")
 COST = ("fit, s", "memory, MiB", "edit, KiB")
 
@@ -81,7 +82,8 @@ class Report:
     def page(self) -> str:
         """The markdown page."""
         header, by = self.experiment.header, self.measured_by
-        absent = len(self.cells) - len(self.results)
+        measured = [result.cell for result in self.results]
+        absent = len(self.cells) - len(measured)
         kinds = {cell.kind for cell in self.cells} | ({"attacks"} if self.attacks else set())
         return PAGE.format(
             title=header.title,
@@ -95,8 +97,8 @@ class Report:
             if absent
             else "",
             missed="\n".join(f"- {line}" for line in self.missed()) or "None.",
-            sections="\n\n".join(self.section(section) for section in self.experiment.sections),
-            methods="\n\n".join(self.method(label) for label in self.experiment.methods),
+            sections="\n\n".join(self.section(one) for one in self.experiment.sections if one.title in {of.section for of in measured}),
+            methods="\n\n".join(self.method(label) for label in self.experiment.methods if label in {of.method for of in measured}),
         )
 
     # --- side by side -------------------------------------------------------------------------------------------------
@@ -142,8 +144,14 @@ class Report:
         ]
         beside = self.experiment.given[label]
         given = {key: beside.config()[key] for key in beside.changed()}
-        config = json.dumps(self.experiment.methods[label].config() | ({"given": given} if given else {}))
+        options = {key: shortened(value) for key, value in self.experiment.methods[label].config().items()}
+        config = json.dumps(options | ({"given": given} if given else {}))
         return "\n\n".join([f"### {label}", f"`{self.experiment.methods[label].name()}` with `{config}`", *filter(None, tables)])
+
+
+def shortened(value: Any) -> Any:
+    """An option's value, or of a long list how many there are."""
+    return f"{value[0]!r} and {len(value) - 1} more" if isinstance(value, list | tuple) and len(value) > MANY else value
 
 
 def described(section: Section) -> list[str]:

@@ -33,10 +33,10 @@ class App:
     building: str = ""
 
     @classmethod
-    def of(cls, args: Namespace) -> App:
-        """The one that the command's options ask for; the model and its edits are loaded."""
+    def of(cls, args: Namespace, threads: int | None = None) -> App:
+        """The one that the command's options ask for; the model and its edits are loaded. threads: see `Jobs`."""
         workspace = Workspace(Path(args.folder))
-        return cls(Shelf.of(args, workspace), Jobs(), workspace)
+        return cls(Shelf.of(args, workspace), Jobs(threads=threads), workspace)
 
     def start(
         self,

@@ -21,7 +21,7 @@ from tabs.base import App
 from toolkit.errors import PalimpsestError, UserError
 from toolkit.jobs import Job
 
-LOOK, TELL = 0.05, 0.4  # seconds between looks at a job, and between what the page is told
+LOOK, TELL = 0.03, 1.0  # seconds between looks at a job, and between what the page is told
 LONGEST = 500  # characters of a text that is one line, and of a list of them ten times as many
 
 

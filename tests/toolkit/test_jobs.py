@@ -51,6 +51,21 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def test_jobs_alone_compute_with_several_threads() -> None:
+    before, found = torch.get_num_threads(), []
+    made = Jobs(threads=2)
+    try:
+        job = made.start("count", lambda _: torch.get_num_threads())
+        until(lambda: job.over)
+        other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert (job.result, torch.get_num_threads(), found) == (2, 1, [1])
+    finally:
+        made.close()
+        torch.set_num_threads(before)
+
+
 def test_one_runs_at_a_time_and_in_order(jobs: Jobs, gate: threading.Event) -> None:
     order: list[int] = []
     made = [jobs.start(str(i), lambda _, i=i: order.append(i) or i) for i in range(4)]
