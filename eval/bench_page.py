@@ -32,6 +32,7 @@ from eval.experiment import Experiment, Section
 from eval.intervals import mean
 from eval.rates import DRAWN_WELL, background_right, drawn_instead, drawn_well, most_drawn, object_right, relative, share, style_right
 from eval.subjects import PICTURES
+from toolkit.options import shortened
 
 BARS = ("what", "bar", "unedited", "measured", "n")
 ERASED = ("by name", "given synonyms", "held-back synonyms")
@@ -50,7 +51,6 @@ COMPARED = {
     "styles": ("drawn by name", "unedited, no style named", "object right", "background right", "others kept"),
     **COLUMNS,
 }
-MANY = 8  # values of an option that a page shows all of
 INSTEAD = ("shows", "most often", "background", "style", "oracle-KID", "others kept")
 COST = ("fit, s", "memory, MiB", "edit, KiB")
 
@@ -147,11 +147,6 @@ class Report:
         options = {key: shortened(value) for key, value in self.experiment.methods[label].config().items()}
         config = json.dumps(options | ({"given": given} if given else {}))
         return "\n\n".join([f"### {label}", f"`{self.experiment.methods[label].name()}` with `{config}`", *filter(None, tables)])
-
-
-def shortened(value: Any) -> Any:
-    """An option's value, or of a long list how many there are."""
-    return f"{value[0]!r} and {len(value) - 1} more" if isinstance(value, list | tuple) and len(value) > MANY else value
 
 
 def described(section: Section) -> list[str]:

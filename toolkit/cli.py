@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from toolkit import registry
 from toolkit.errors import PalimpsestError, UserError, unknown
+from toolkit.options import shortened
 
 
 class Parser(ArgumentParser):
@@ -120,7 +121,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}={_cell(item)}" for name, item in value.items())
+        return ", ".join(f"{name}={_cell(shortened(item))}" for name, item in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_cell, value))
     return str(value)

@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 
 from toolkit.errors import UserError, unknown
 
+MANY = 8  # values of an option that people are shown all of
+
 
 def option(default: Any, help: str) -> Any:
     """A field with the line that the command line and the app show for it."""
@@ -65,6 +67,11 @@ def written(value: Any) -> str:
         texts = list(map(str, value))
         return json.dumps(texts) if any("," in text or text.startswith("[") for text in texts) else ",".join(texts)
     return "none" if value is None else str(value)
+
+
+def shortened(value: Any) -> Any:
+    """An option's value for people: of a long list the first, and how many more there are."""
+    return f"{value[0]!r} and {len(value) - 1} more" if isinstance(value, list | tuple) and len(value) > MANY else value
 
 
 def _several(owner: str, key: str, text: str) -> list[Any]:
