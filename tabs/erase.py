@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -177,5 +178,6 @@ def taken(app: App, method: str) -> float | None:
     for name in app.workspace.runs():
         result = app.workspace.path(name) / "result.json"
         if f"-{method.replace('_', '-')}-" in name and result.is_file():
-            return json.loads(result.read_text(encoding="utf-8"))["seconds"]
+            with suppress(OSError, ValueError, KeyError, TypeError):  # a file that somebody else wrote is none
+                return float(json.loads(result.read_text(encoding="utf-8"))["seconds"])
     return None

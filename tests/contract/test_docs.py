@@ -12,6 +12,7 @@ import torch
 import pipelines.closed_form
 from toolkit import registry
 from toolkit.commands import open_method
+from toolkit.commands.customize import learner
 from toolkit.model import Model
 
 ROOT = Path(registry.__file__).resolve().parent.parent
@@ -75,7 +76,7 @@ def test_the_shown_commands_are_understood(line: str) -> None:
     if name == "attack":
         registry.load("attack", args.method)
     elif getattr(args, "method", None):
-        open_method("merge" if name == "compose" else name, args.method, args.set)
+        learner(args) if name == "customize" else open_method("merge" if name == "compose" else name, args.method, args.set)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -173,7 +173,7 @@ def test_perfect_learners_meet_every_bar(experiment: Experiment, learners: list[
     assert found(lines, PAIRS, "each alone").bar == 0.7 and found(lines, PAIRS, "both in one prompt").bar == 0.5
     assert found(lines, ENTANGLED, "pictures' background").estimate.value == 0
     assert [line for line in lines if COMPRESSED in line.what] == []
-    assert '"given": {"captions": false, "masks": true}}`' in text and text.count('"given"') == 8
+    assert '"given": {"captions": false, "masks": true}}`' in text and text.count('"given"') == 9
     assert text.count("Less what custom_diffusion reaches") == 4 and text.count("Less what dreambooth_lora reaches") == 1
 
 

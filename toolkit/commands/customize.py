@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.commands import add_fit_arguments, add_training_arguments, fit_and_save, open_method
 from toolkit.concepts import CustomizeTask, Subject
 from toolkit.errors import UserError
 from toolkit.pictures import captions_of, masks_of, pictures
+
+if TYPE_CHECKING:
+    from toolkit.method import Method
 
 HELP = "fit an edit that teaches a model new subjects from pictures"
 
@@ -29,11 +32,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> dict[str, Any]:
     """Writes edit.safetensors, config.json and result.json. Gives `edit`, `method`, `config`, the cost and `edit_bytes`."""
     from toolkit.runs import check_writable
-    from toolkit.world.kept import keeping_world
 
-    method = open_method("customize", args.method, args.set, *([keeping_world] if args.preserve_world else []))
+    method = learner(args)
     task = CustomizeTask(subjects(args))
     return fit_and_save(args, method, task, check_writable(args.out))
+
+
+def learner(args: Namespace) -> Method:
+    """The method that the options name, with what --preserve-world says."""
+    from toolkit.world.kept import keeping_world
+
+    return open_method("customize", args.method, args.set, *([keeping_world] if args.preserve_world else []))
 
 
 def subjects(args: Namespace) -> tuple[Subject, ...]:
