@@ -39,9 +39,7 @@ def run(args: Namespace) -> dict[str, Any]:
     from tabs.base import App
     from toolkit.runs import limit_memory
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # while the model is loaded, too: jobs alone compute with all of them
-    app = App.of(args, threads)
+    app = App.of(args, torch.get_num_threads())
     if app.shelf.model.arch.device.type == "cpu":
         limit_memory()
     try:

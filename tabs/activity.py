@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any, ClassVar
 
@@ -90,10 +89,7 @@ def opened(app: App, name: Any) -> dict[str, Any]:
     if name not in app.workspace.runs():
         raise UserError(f"no run {str(name)[:100]!r}; choose one from the list")
     folder = app.workspace.path(name)
-    held = {}
-    for file in ("report", "config"):
-        path = app.workspace.path(f"{name}/{file}.json")
-        held[file] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    held = {file: app.workspace.said(f"{name}/{file}.json") for file in ("report", "config")}
     pictures = []
     for path in sorted(folder.glob("*.png")):
         with Image.open(app.workspace.path(f"{name}/{path.name}")) as image:

@@ -36,7 +36,8 @@ class App:
     def of(cls, args: Namespace, threads: int | None = None) -> App:
         """The one that the command's options ask for; the model and its edits are loaded. threads: see `Jobs`."""
         workspace = Workspace(Path(args.folder))
-        return cls(Shelf.of(args, workspace), Jobs(threads=threads), workspace)
+        jobs = Jobs(threads=threads)  # before the model is loaded, which would make a team
+        return cls(Shelf.of(args, workspace), jobs, workspace)
 
     def start(
         self,

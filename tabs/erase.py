@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -176,8 +175,7 @@ def describe(app: App, method: str) -> str:
 def taken(app: App, method: str) -> float | None:
     """Seconds that fitting took in the newest run of a method in the working folder."""
     for name in app.workspace.runs():
-        result = app.workspace.path(name) / "result.json"
-        if f"-{method.replace('_', '-')}-" in name and result.is_file():
-            with suppress(OSError, ValueError, KeyError, TypeError):  # a file that somebody else wrote is none
-                return float(json.loads(result.read_text(encoding="utf-8"))["seconds"])
+        if f"-{method.replace('_', '-')}-" in name:
+            with suppress(UserError, ValueError, KeyError, TypeError):  # not all runs say so
+                return float(app.workspace.said(f"{name}/result.json")["seconds"])
     return None

@@ -114,8 +114,7 @@ def _component(field: Any, kind: Any, value: Any) -> Any:
         return gr.Dropdown([str(choice) for choice in choices], value=str(value), **shown)
     if kind in (int, float) and value == value and abs(value) != float("inf"):
         return gr.Number(value, precision=0 if kind is int else None, **shown)
-    text = written(value)
-    return gr.Textbox(text, **shown)
+    return gr.Textbox(written(value), **shown)
 
 
 def configured(app: App, kind: str, name: Any, given: Any, what: str = "method") -> Any:

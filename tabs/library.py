@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,11 @@ def _of_file(app: App, name: str) -> Saved:
 
     file = app.workspace.edit_file(name)
     folder, status = file.parent, file.stat()
-    try:
+    own, config, method = name.startswith("runs/"), {}, "damaged"
+    with suppress(PalimpsestError):
+        config = app.workspace.said(f"{name}/config.json") if own else {}
         method = fitted_on(file)[0]
-    except PalimpsestError:
-        method = "damaged"
-    config = folder / "config.json"
-    own = name.startswith("runs/")
-    about = _about(json.loads(config.read_text(encoding="utf-8"))) if own and config.is_file() else name.partition("/")[2]
+    about = _about(config) if config else name.partition("/")[2]
     found = sorted(path for path in folder.glob("*.png") if path.resolve().is_relative_to(app.workspace.folder)) if own else []
     return Saved(name, _picture(found[0]) if found else _tile(about), method, about, status.st_size, status.st_mtime)
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.io.files import FILE_NAME
@@ -51,6 +53,15 @@ class Workspace:
     def edit_file(self, name: str) -> Path:
         """The file of the edit of this name."""
         return self.path(f"{name}/{FILE_NAME}") if self.path(name).is_dir() else self.path(name)
+
+    def said(self, name: str) -> dict[str, Any]:
+        """What the JSON file of this name says; nothing when it is not there or is no JSON object."""
+        path = self.path(name)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def name(self, path: Path) -> str:
         """The inverse of `path`."""

@@ -12,7 +12,6 @@ import torch
 import pipelines.closed_form
 from toolkit import registry
 from toolkit.commands import open_method
-from toolkit.commands.customize import learner
 from toolkit.model import Model
 
 ROOT = Path(registry.__file__).resolve().parent.parent
@@ -76,7 +75,8 @@ def test_the_shown_commands_are_understood(line: str) -> None:
     if name == "attack":
         registry.load("attack", args.method)
     elif getattr(args, "method", None):
-        learner(args) if name == "customize" else open_method("merge" if name == "compose" else name, args.method, args.set)
+        keep = name == "customize" and args.preserve_world
+        open_method("merge" if name == "compose" else name, args.method, args.set, keep_world=keep)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

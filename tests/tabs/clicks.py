@@ -23,13 +23,18 @@ def ended(panel: Any, words: str = "Done in") -> None:
     panel.get_by_role("status").get_by_text(words).wait_for()
 
 
+def overflow(page: Any) -> int:
+    """By how many pixels the page is wider than the screen."""
+    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
 def fits_a_phone(page: Any) -> None:
     """Show what is on the page on a phone: nothing is wider than the screen."""
     before = page.viewport_size
     page.set_viewport_size(PHONE)
     page.wait_for_timeout(300)  # for it to be laid out anew
-    overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    assert overflow <= 0, f"the page is {overflow} pixels wider than the screen"
+    wide = overflow(page)
+    assert wide <= 0, f"the page is {wide} pixels wider than the screen"
     page.set_viewport_size(before)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from clicks import PHONE, choose, ended, few_pictures, fits_a_phone, tab
+from clicks import PHONE, choose, ended, few_pictures, fits_a_phone, overflow, tab
 
 from tabs.base import App
 
@@ -97,8 +97,7 @@ def test_other_screens(visit: Visit, picture: Callable[..., None], viewport: Any
     panel = tab(page, "Compare")
     panel.get_by_role("button", name="Draw").click()
     ended(panel)
-    overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    assert overflow <= 0, "the page is wider than the screen"
+    assert overflow(page) <= 0, "the page is wider than the screen"
     picture(page, f"compare-{name}")
 
 

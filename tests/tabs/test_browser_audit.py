@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clicks import PHONE, choose, ended, fits_a_phone, tab
+from clicks import PHONE, choose, ended, fits_a_phone, overflow, tab
 from safetensors import safe_open
 
 from tabs.base import App
@@ -83,7 +83,7 @@ def test_every_tab_fits_a_phone(visit: Visit, picture: Callable[..., None]) -> N
         page.get_by_role("tab", name=title, exact=True).or_(page.get_by_label("More tabs")).first.wait_for()
         show(page, title)
         page.wait_for_timeout(300)
-        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        wide = overflow(page)
         assert wide <= 0, f"{title} is {wide} pixels wider than the screen"
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from clicks import PHONE, ended, tab
+from clicks import PHONE, ended, overflow, tab
 from PIL import Image
 
 from tabs.base import App
@@ -100,5 +100,5 @@ def test_a_stopped_run_is_gone_on_with_and_kept_early(visit: Visit, app: App) ->
 def test_it_fits_a_phone(visit: Visit, picture: Callable[..., None], title: str) -> None:
     page = visit(PHONE, "dark")
     tab(page, title)
-    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    assert overflow(page) <= 0
     picture(page, f"{title.lower()}-phone")

@@ -80,3 +80,17 @@ def test_what_is_published_is_in_the_cache(workspace: Workspace) -> None:
     for name in (workspace.name(run), f"{workspace.name(run)}/none.html", "runs/../x"):
         with pytest.raises(UserError):
             workspace.published(name)
+
+
+def test_what_a_file_says_and_what_says_nothing(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    run = workspace.new_run("uce")
+    name = f"{workspace.name(run)}/result.json"
+    assert workspace.said(name) == {}
+    for content, found in (("{", {}), ("[1]", {}), ('{"seconds": 2.5}', {"seconds": 2.5})):
+        (run / "result.json").write_text(content)
+        assert workspace.said(name) == found
+    (run / "result.json").unlink()
+    (run / "result.json").symlink_to(__file__)
+    with pytest.raises(UserError, match="link out of the working folder"):
+        workspace.said(name)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,14 +102,16 @@ def open_edit(written: str, base: Callable[[], Model] | None = None) -> tuple[Ed
     return edit, scale
 
 
-def open_method(kind: str, name: str, settings: list[str], *told: Callable[[type[Method], Mapping[str, Any]], dict[str, Any]]) -> Method:
-    """The method called `name` with its `--set` options; it must be of this kind ("erase", "merge"). told: what else says options."""
+def open_method(kind: str, name: str, settings: list[str], *, keep_world: bool = False) -> Method:
+    """The method called `name` with its `--set` options; it must be of this kind ("erase", "merge"). keep_world: see `keeping_world`."""
     method = registry.load("method", name)
     if method.kind != kind:
         raise UserError(f"{name} is a method to {method.kind}, not to {kind}; give one of: {', '.join(_methods_of(kind))}")
-    options: dict[str, Any] = dict(pairs(settings, "--set"))
-    for more in told:
-        options = more(method, options)
+    options: dict[str, Any] = {**pairs(settings, "--set")}
+    if keep_world:
+        from toolkit.world.kept import keeping_world
+
+        options = keeping_world(method, options)
     return method.from_config(options)
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toolkit.commands import add_fit_arguments, add_training_arguments, fit_and_save, open_method
 from toolkit.concepts import CustomizeTask, Subject
 from toolkit.errors import UserError
 from toolkit.pictures import captions_of, masks_of, pictures
-
-if TYPE_CHECKING:
-    from toolkit.method import Method
 
 HELP = "fit an edit that teaches a model new subjects from pictures"
 
@@ -33,16 +30,9 @@ def run(args: Namespace) -> dict[str, Any]:
     """Writes edit.safetensors, config.json and result.json. Gives `edit`, `method`, `config`, the cost and `edit_bytes`."""
     from toolkit.runs import check_writable
 
-    method = learner(args)
+    method = open_method("customize", args.method, args.set, keep_world=args.preserve_world)
     task = CustomizeTask(subjects(args))
     return fit_and_save(args, method, task, check_writable(args.out))
-
-
-def learner(args: Namespace) -> Method:
-    """The method that the options name, with what --preserve-world says."""
-    from toolkit.world.kept import keeping_world
-
-    return open_method("customize", args.method, args.set, *([keeping_world] if args.preserve_world else []))
 
 
 def subjects(args: Namespace) -> tuple[Subject, ...]:
