@@ -1,27 +1,36 @@
 """How long a step of training takes, beside the denoiser alone and diffusers' example scripts; and a run of ESD beside its official loop.
 
-    python -m benchmarks.training --examples DIFFUSERS/examples [--case NAME ...] [--turns N] [--out docs/performance.md]
+    python -m benchmarks.training --examples DIFFUSERS/examples [--device cuda] [--case NAME ...] [--turns N] [--out docs/performance.md]
 
 DIFFUSERS: a checkout of github.com/huggingface/diffusers, whose scripts are run as they are. Each measurement is a process of its own,
 in turns: the denoiser's prediction and backward pass alone (with what is trained in place, but no pictures, text encoder or
-optimizer), ours with its caches, ours without, the script. A step's time is that between two backward passes; the median counts.
+optimizer), ours with its caches, ours without, the script. On a CPU a step's time is that between two backward passes, and the median
+counts. A GPU works while Python goes on: there it is the time of all steps, from one moment when the GPU has done all that it was asked
+for to another, by their number. A measurement ends with the last step; what a script would write or push afterwards is cut off.
+
+A process that fails says why in one line, its row says "not measured", and the others go on; VERBOSE=1 shows all that processes say.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import resource
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +60,21 @@ CONFIGS = Path(sys.modules["toolkit.arch.sd"].__file__ or "").parent / "configs"
 TOKEN, CLASS = "<toy>", "bird"
 METHODS = {"textual_inversion": "textual_inversion/textual_inversion.py", "dreambooth_lora": "dreambooth/train_dreambooth_lora.py"}
 WHO = {"floor": "the denoiser alone", "ours": "ours", "uncached": "ours, `cache=no`", "script": "diffusers' script"}
+COPIES = 4  # of the five pictures: an epoch of a script does not end with a smaller batch
+PATIENCE = 300  # seconds for a process on a GPU, which may be lent for minutes only
+TRACKERS = ("dvclive", "aim", "swanlab", "comet_ml")  # one that is not installed is passed over by accelerate, and nothing is logged
+NOT, MISSED = "not measured", " **missed**"
+Who = dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained on which model. size: pixels. steps: that are timed, after `warmup`."""
+    """What is trained on which model.
+
+    size: pixels. steps: that are timed, after `warmup`. device: by whose name it is asked for. precision: "no" or "bf16", the
+    `mixed_precision` of all; in "bf16" the script rounds what it does not train. attention: sdpa or xformers, of all. weights: the
+    `dtype` in which ours are loaded. usual: whether it is measured when no cases are named.
+    """
 
     method: str
     model: str
@@ -63,6 +82,24 @@ class Case:
     batch: int
     steps: int
     warmup: int
+    device: str = "cpu"
+    precision: str = "no"
+    attention: str = "sdpa"
+    weights: str = "float32"
+    usual: bool = True
+
+    @property
+    def folder(self) -> str:
+        """Where its model is; one with random weights is made for a size."""
+        return f"{self.model}-{self.size}"
+
+    @property
+    def label(self) -> str:
+        """What a row is called."""
+        words = [self.method, self.model, f"{self.size} px", f"batch {self.batch}"]
+        words += [f"precision {self.precision}"] if self.device == "cuda" else []
+        words += ["bfloat16 weights"] if self.weights == "bfloat16" else []
+        return ", ".join(words + ([self.attention] if self.attention != "sdpa" else []))
 
 
 CASES = {
@@ -70,28 +107,50 @@ CASES = {
     "dreambooth_lora": Case("dreambooth_lora", "emoji-sd", 64, 1, 25, 5),
     "textual_inversion-sd1": Case("textual_inversion", "SD1.4-shaped", 256, 1, 3, 1),
     "dreambooth_lora-sd1": Case("dreambooth_lora", "SD1.4-shaped", 256, 1, 3, 1),
+    "textual_inversion-gpu": Case("textual_inversion", "SD1.4-shaped", 512, 4, 25, 8, "cuda", "bf16"),
+    "dreambooth_lora-gpu": Case("dreambooth_lora", "SD1.4-shaped", 512, 4, 25, 8, "cuda", "bf16"),
+    "dreambooth_lora-gpu-xformers": Case("dreambooth_lora", "SD1.4-shaped", 512, 4, 25, 8, "cuda", "bf16", "xformers"),
+    # What is not trained is rounded, as the scripts do.
+    "textual_inversion-gpu-rounded": Case("textual_inversion", "SD1.4-shaped", 512, 4, 25, 8, "cuda", "bf16", "sdpa", "bfloat16", False),
+    "dreambooth_lora-gpu-rounded": Case("dreambooth_lora", "SD1.4-shaped", 512, 4, 25, 8, "cuda", "bf16", "sdpa", "bfloat16", False),
 }
 
 
 # --- one measurement, in a process of its own ---------------------------------------------------------------------------
+class Measured(Exception):
+    """All steps are done that are timed."""
+
+
 @contextmanager
-def noting(times: list[float]) -> Iterator[None]:
-    """Within the block the time of each backward pass is noted."""
-    own = torch.Tensor.backward
+def timing(case: Case, device: str) -> Iterator[dict[str, float]]:
+    """Ends the block at the backward pass after the last timed step. Gives seconds of a step, and the peak of the process in MiB."""
+    own, times, found, last = torch.Tensor.backward, list[float](), dict[str, float](), case.warmup + case.steps
 
     def backward(self: torch.Tensor, *given: Any, **options: Any) -> None:
+        if device == "cuda" and len(times) in (case.warmup, last):
+            torch.cuda.synchronize()
         times.append(time.perf_counter())
+        if len(times) > last:
+            raise Measured
         own(self, *given, **options)
 
     torch.Tensor.backward = backward
     try:
-        yield
+        yield found
+    except Measured:
+        timed = times[case.warmup :]
+        if device == "cuda":
+            found["seconds"] = (timed[-1] - timed[0]) / case.steps
+            found["memory"] = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            found["seconds"] = statistics.median(later - earlier for earlier, later in pairwise(timed))
+            found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     finally:
         torch.Tensor.backward = own
 
 
 def run_script(case: Case, script: Path, model: Path, photos: Path, out: Path) -> None:
-    """The example script, to the end of the steps; what it would write or push afterwards is cut off."""
+    """The example script."""
     words = ["--pretrained_model_name_or_path", str(model), "--output_dir", str(out), "--resolution", str(case.size)]
     words += ["--train_batch_size", str(case.batch), "--max_train_steps", str(case.warmup + case.steps + 1), "--seed", "0"]
     words += ["--lr_scheduler", "constant", "--lr_warmup_steps", "0", "--checkpointing_steps", "100000"]
@@ -99,65 +158,76 @@ def run_script(case: Case, script: Path, model: Path, photos: Path, out: Path) -
         words += ["--train_data_dir", str(photos), "--placeholder_token", TOKEN, "--initializer_token", "a", "--save_steps", "100000"]
     else:
         words += ["--instance_data_dir", str(photos), "--instance_prompt", f"a photo of sks {CLASS}", "--rank", "4"]
+    words += ["--mixed_precision", "bf16"] if case.precision == "bf16" else []
+    words += ["--enable_xformers_memory_efficient_attention"] if case.attention == "xformers" else []
+    absent = [name for name in TRACKERS if importlib.util.find_spec(name) is None]
+    words += ["--report_to", absent[0]] if absent else []
     sys.argv = [str(script), *words]
     runpy.run_path(str(script), run_name="__main__")
 
 
 def run_ours(case: Case, model: Model, photos: Path, cache: str) -> None:
     """The same with the library."""
-    method = load("method", case.method).from_config(
-        {"max_train_steps": case.warmup + case.steps + 1, "train_batch_size": case.batch, "cache": cache}
-    )
+    options = {"max_train_steps": case.warmup + case.steps + 1, "train_batch_size": case.batch, "mixed_precision": case.precision}
+    method = load("method", case.method).from_config({**options, "cache": cache})
     method.fit(model, CustomizeTask((Subject(TOKEN, CLASS, pictures(photos)),)))
 
 
 def run_floor(case: Case, model: Model) -> None:
     """The denoiser's prediction and backward pass alone."""
-    shape = model.arch.latent_shape(case.size, case.size)
-    latents = noise(["floor"] * case.batch, range(case.batch), shape)
-    t = torch.full((case.batch,), 500)
+    shape, device = model.arch.latent_shape(case.size, case.size), model.arch.device
+    latents = noise(["floor"] * case.batch, range(case.batch), shape).to(device)
+    t = torch.full((case.batch,), 500, device=device)
     if case.method == "textual_inversion":
         with TokenRows(model, {TOKEN: "a"}) as rows:
             hidden = rows([f"a {TOKEN}"] * case.batch)
             leaf = type(hidden)(**{**hidden.tensors(), "hidden": hidden.hidden.detach().requires_grad_()})
-            passes(case, lambda: F.mse_loss(model.arch.predict(latents, t, leaf), latents))
+            passes(case, device, lambda: F.mse_loss(model.arch.predict(latents, t, leaf), latents))
         return
     text = model.arch.encode([f"a photo of sks {CLASS}"] * case.batch)
     with LoraWeights(model.arch.lora_targets(), 4) as lora:
         lora.requires_grad_()
-        passes(case, lambda: F.mse_loss(model.arch.predict(latents, t, text), latents))
+        passes(case, device, lambda: F.mse_loss(model.arch.predict(latents, t, text), latents))
 
 
-def passes(case: Case, loss: Callable[[], torch.Tensor]) -> None:
+def passes(case: Case, device: torch.device, loss: Callable[[], torch.Tensor]) -> None:
     for _ in range(case.warmup + case.steps + 1):
-        loss().backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
+            value = loss()
+        value.backward()
 
 
-def child(name: str, who: str, folder: Path, examples: Path) -> dict[str, float]:
+def child(name: str, who: str, folder: Path, device: str, examples: Path) -> dict[str, float]:
     """Seconds of a step, and the peak of the process in MiB."""
-    case, times = CASES[name], list[float]()
-    model, photos = folder / case.model, folder / "photos"
-    with noting(times):
+    case = CASES[name]
+    source, photos = folder / case.folder, folder / "photos"
+    with timing(case, device) as found:
         if who == "script":
-            run_script(case, examples / METHODS[case.method], model, photos, folder / "out")
-        elif who == "floor":
-            run_floor(case, load_model(str(model)))
+            run_script(case, examples / METHODS[case.method], source, photos, folder / "out")
         else:
-            run_ours(case, load_model(str(model)), photos, "memory" if who == "ours" else "no")
-    each = [later - earlier for earlier, later in zip(times[case.warmup :], times[case.warmup + 1 :], strict=False)]
-    return {"seconds": statistics.median(each), "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="xformers cannot be used for the denoiser")  # else the row would be another's
+                model = load_model(str(source), device=device, dtype=case.weights, attention=case.attention)
+            if who == "floor":
+                run_floor(case, model)
+            else:
+                run_ours(case, model, photos, "memory" if who == "ours" else "no")
+    return found
 
 
 # --- models and pictures ------------------------------------------------------------------------------------------------
-def prepare(folder: Path, models: set[str]) -> None:
+def prepare(folder: Path, cases: Sequence[Case]) -> None:
     """The models as diffusers folders, and pictures of a subject without captions, which the scripts do not read."""
-    world = load_world()
-    made = subject(world, folder / "photos", "penguin", CLASS, TOKEN, "twemoji")
+    made = subject(load_world(), folder / "photos", "penguin", CLASS, TOKEN, "twemoji")
     made.images[0].with_name("metadata.jsonl").unlink()
-    if "emoji-sd" in models:
-        load_model().save(folder / "emoji-sd")
-    if "SD1.4-shaped" in models:
-        sd1_shaped(CASES["dreambooth_lora-sd1"].size).save(folder / "SD1.4-shaped")
+    for path in made.images:
+        for copy in range(1, COPIES):
+            shutil.copy(path, path.with_stem(f"{path.stem}-{copy}"))
+    for case in {case.folder: case for case in cases}.values():
+        if case.model == "emoji-sd":
+            load_model().save(folder / case.folder)
+        else:
+            sd1_shaped(case.size).save(folder / case.folder)
 
 
 def sd1_shaped(size: int) -> SD:
@@ -215,27 +285,47 @@ def esd(steps: int = 8) -> tuple[float, float]:
 
 
 # --- the page -----------------------------------------------------------------------------------------------------------
-def row(case: Case, seconds: dict[str, float], memory: dict[str, float]) -> str:
-    """One line of the table."""
-    part, faster = seconds["floor"] / seconds["ours"], seconds["script"] / seconds["uncached"]
-    more = memory["ours"] / memory["script"]
-    cells = [f"{case.method}, {case.model}, {case.size} px, batch {case.batch}"]
-    cells += [f"{seconds[who]:.3f}" for who in WHO]
-    cells += [f"{part:.2f}{'' if part >= 0.9 else ' **missed**'}", f"{faster:.2f}{'' if faster >= 1 else ' **missed**'}"]
-    cells.append(f"{memory['ours']:.0f} / {memory['script']:.0f}{'' if more <= 1 else ' **missed**'}")
+def row(case: Case, seconds: Who, memory: Who) -> str:
+    """One line of the table. None is what was not measured."""
+
+    def missed(over: float | None, under: float | None, good: Callable[[float], bool]) -> str:
+        return NOT if over is None or under is None else f"{over / under:.2f}{'' if good(over / under) else MISSED}"
+
+    mib = ["-" if memory[who] is None else f"{memory[who]:.0f}" for who in ("ours", "script")]
+    ours, theirs = memory["ours"], memory["script"]
+    cells = [case.label, *(NOT if seconds[who] is None else f"{seconds[who]:.3f}" for who in WHO)]
+    cells.append(missed(seconds["floor"], seconds["ours"], lambda part: part >= 0.9))
+    cells.append(missed(seconds["script"], seconds["uncached"], lambda faster: faster >= 1))
+    cells.append(f"{' / '.join(mib)}{MISSED if ours and theirs and ours > theirs else ''}")
     return f"| {' | '.join(cells)} |"
 
 
-def section(rows: list[str], erasing: tuple[float, float] | None, turns: int) -> str:
+def section(rows: list[str], erasing: tuple[float, float] | None, turns: int, device: str) -> str:
     """What goes on the page."""
-    lines = [
-        "## Training",
-        "",
-        "Made by `python -m benchmarks.training --examples DIFFUSERS/examples`, in float32,",
-        f"threads: {torch.get_num_threads()}. Seconds of a step, the median of {turns} turns. The denoiser alone is its prediction and",
-        "backward pass with what is trained in place; its part of our step is to be 0.9 at least. The scripts are diffusers' own, which",
-        "encode each picture anew in every step; without caches ours is to be no slower. Memory is the peak of the process, which is to",
-        "be no higher than the script's.",
+    if device == "cuda":
+        lines = [
+            "## Training on a GPU",
+            "",
+            f"Made by `python -m benchmarks.training --examples DIFFUSERS/examples --device cuda` on one {torch.cuda.get_device_name()},",
+            f"PyTorch {torch.__version__}. Seconds of a step: the mean of all timed ones, the GPU having done its work before the first",
+            f"and after the last, {'in one turn' if turns == 1 else f'the median of {turns} turns'}. The denoiser alone is its prediction",
+            "and backward pass with what is trained in place, in our precision; its part of our step is to be 0.9 at least. In precision",
+            "bf16 ours computes under autocast, with weights in float32 unless a row says otherwise; the scripts round what is not",
+            "trained, and in textual inversion run the denoiser without autocast. They encode each picture anew in every step; without",
+            "caches ours is to be no slower. Memory is the peak of what PyTorch allocated on the GPU, which is to be no higher than",
+            "the script's.",
+        ]
+    else:
+        lines = [
+            "## Training",
+            "",
+            "Made by `python -m benchmarks.training --examples DIFFUSERS/examples`, in float32,",
+            f"threads: {torch.get_num_threads()}. Seconds of a step, the median of {turns} turns. The denoiser alone is its prediction",
+            "and backward pass with what is trained in place; its part of our step is to be 0.9 at least. The scripts are diffusers' own,",
+            "which encode each picture anew in every step; without caches ours is to be no slower. Memory is the peak of the process,",
+            "which is to be no higher than the script's.",
+        ]
+    lines += [
         "",
         f"| what | {' | '.join(WHO.values())} | its part of ours | script / ours, `cache=no` | MiB, ours / script |",
         f"|{'---|' * (len(WHO) + 4)}",
@@ -253,41 +343,73 @@ def section(rows: list[str], erasing: tuple[float, float] | None, turns: int) ->
     return "\n".join(lines) + "\n"
 
 
+# --- running ------------------------------------------------------------------------------------------------------------
+def measured(name: str, who: str, folder: Path, device: str, examples: Path) -> dict[str, float] | None:
+    """What the child says; None when it failed, which is told on stderr."""
+    words = ["--examples", str(examples), "--device", device, "--child", name, who, str(folder)]
+    hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}  # the scripts take a GPU where they see one
+    try:
+        made = subprocess.run(
+            [sys.executable, "-m", "benchmarks.training", *words],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE if device == "cuda" else None,
+            env={**os.environ, **hidden, "HF_HUB_OFFLINE": "1"},
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{name}, {who}: not done in {PATIENCE} s", file=sys.stderr, flush=True)
+        return None
+    if os.environ.get("VERBOSE"):
+        print(made.stderr, file=sys.stderr, flush=True)
+    try:
+        found: dict[str, float] = json.loads(made.stdout.splitlines()[-1])
+        return {key: float(found[key]) for key in ("seconds", "memory")}
+    except (IndexError, ValueError, KeyError, TypeError):
+        said = [line for line in made.stderr.splitlines() if line.strip()] or ["nothing"]
+        errors = [line for line in said if re.match(r"[\w.]+(Error|Exception|Warning|Interrupt|Exit)\b", line)]
+        print(f"{name}, {who}: exit {made.returncode}, {(errors or said)[-1]}", file=sys.stderr, flush=True)
+        return None
+
+
+def middle(results: list[dict[str, float]], key: str) -> float | None:
+    return statistics.median(result[key] for result in results) if results else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=Path, required=True)
-    parser.add_argument("--case", nargs="+", choices=[*CASES, "esd"], default=[*CASES, "esd"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="its cases are measured by default")
+    parser.add_argument("--case", nargs="+", choices=[*CASES, "esd"], help="instead of all of the device")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=3, metavar=("CASE", "WHO", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args.child[0], args.child[1], Path(args.child[2]), args.examples)))
+        name, who, folder = args.child
+        print(json.dumps(child(name, who, Path(folder), args.device, args.examples)))
         return
-    cases = [name for name in args.case if name in CASES]
-    rows = []
+    usual = [name for name, case in CASES.items() if case.device == args.device and case.usual]
+    chosen = args.case or (usual if args.device == "cuda" else [*usual, "esd"])
+    cases, rows = {name: CASES[name] for name in chosen if name in CASES}, list[str]()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        prepare(folder, {CASES[name].model for name in cases})
-        for name in cases:
+        prepare(folder, list(cases.values()))
+        for name, case in cases.items():
             found: dict[str, list[dict[str, float]]] = {who: [] for who in WHO}
-            for _ in range(args.turns):
+            for turn in range(args.turns):
                 for who, results in found.items():
-                    words = ["--examples", str(args.examples), "--child", name, who, str(folder)]
-                    made = subprocess.run(
-                        [sys.executable, "-m", "benchmarks.training", *words],
-                        check=True,
-                        stdout=subprocess.PIPE,
-                        stderr=None if os.environ.get("VERBOSE") else subprocess.DEVNULL,
-                        text=True,
-                    )
-                    results.append(json.loads(made.stdout.splitlines()[-1]))
-            medians = {
-                key: {who: statistics.median(r[key] for r in results) for who, results in found.items()} for key in ("seconds", "memory")
-            }
-            rows.append(row(CASES[name], medians["seconds"], medians["memory"]))
+                    if turn and not results:
+                        continue  # it has failed before
+                    if result := measured(name, who, folder, args.device, args.examples):
+                        results.append(result)
+                        print(f"{name}, {who}: {result['seconds']:.4f} s, {result['memory']:.0f} MiB", file=sys.stderr, flush=True)
+            seconds, memory = ({who: middle(results, key) for who, results in found.items()} for key in ("seconds", "memory"))
+            rows.append(row(case, seconds, memory))
             print(rows[-1], flush=True)
-    made = section(rows, esd() if "esd" in args.case else None, args.turns)
+            if args.out:  # at once: what comes after may be cut off
+                write_section(args.out, section(rows, None, args.turns, args.device))
+    made = section(rows, esd() if "esd" in chosen else None, args.turns, args.device)
     print(made)
     if args.out:
         write_section(args.out, made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from toolkit.runs import write_atomic, write_json
 if TYPE_CHECKING:
     from PIL import Image
 
-    from eval.attacks.base import Attack
+    from eval.auditor import Auditor
     from eval.rates import Shown
     from eval.report_audit import Audit, Tried
     from toolkit.edits.base import Edit
@@ -37,29 +37,13 @@ class Attacked:
     pictures: list[tuple[Image.Image, str]]
 
 
-def audit(
-    model: Model,
-    edit: Edit,
-    file: Path,
-    name: str,
-    concepts: Sequence[str],
-    attacks: Mapping[str, Attack],
-    out: Path,
-    *,
-    n: int = 8,
-    seed: int = 0,
-    steps: int = 20,
-    everything_else: bool = True,
-) -> Attacked:
+def audit(auditor: Auditor, model: Model, edit: Edit, file: Path, name: str, concepts: Sequence[str], out: Path) -> Attacked:
     """Audit an edit, and write audit.html, audit.json and what shows them later into `out`.
 
-    file: of the edit. name: what the page calls it. n: images of each concept and under each attack, and 8 n of everything else, each
-    before and after; without `everything_else` the page does not say what else changed.
+    file: of the edit. name: what the page calls it.
     """
-    from eval.auditor import Auditor
     from eval.report_edit import facts
 
-    auditor = Auditor(attacks, n, seed, steps, erased_only=not everything_else)
     about = dataclasses.replace(facts(str(file), edit, 1.0, model), file=name)
     with model.attached(edit):
         found = auditor.look(model, model.reference(), about, concepts, auditor.command(name, model.source, concepts))
@@ -67,8 +51,9 @@ def audit(
     write_atomic(out / PAGE, found.page())
     write_json(out / "audit.json", found.as_json())
     write_json(out / "report.json", {"headings": HEADINGS, "rows": result.rows, "prompts": result.prompts})
-    config = {attack: own.config() for attack, own in attacks.items()}
-    write_json(out / "config.json", {"audit": name, "model": model.source, "concepts": list(concepts), "attacks": config, "n": n})
+    config = {attack: own.config() for attack, own in auditor.attacks.items()}
+    asked = {"audit": name, "model": model.source, "concepts": list(concepts), "attacks": config, "n": auditor.n}
+    write_json(out / "config.json", asked)
     if result.pictures:
         save_png(grid([image for image, _ in result.pictures], SHOWN), out / "attacked.png")
     return result

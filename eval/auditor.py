@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from eval.attacks.base import Scenario
 from eval.intervals import NOTHING
-from eval.judges import Judged, open_judge
+from eval.judges import judged
 from eval.prompts import Target, resolve
 from eval.rates import Painter, share
 from eval.report_audit import Audit, Tried
@@ -108,9 +108,8 @@ class Auditor:
         if len(empty.concepts) > 1:
             raise UserError(f"a judge is of one concept, and several were erased; give --concept with one of {', '.join(empty.concepts)}")
         (concept,) = empty.concepts
-        judge = open_judge(str(self.judge), concept, self.kind)
-        guidance = model.guidance if self.guidance is None else self.guidance
-        painter = Judged(steps=self.steps, guidance=guidance, batch_size=self.batch_size, concept=concept, judge=judge)
+        drawing = {"steps": self.steps, "guidance": self.guidance, "batch_size": self.batch_size}
+        painter = judged(str(self.judge), concept, self.kind, model, **drawing)
         files = tuple(pictures(self.pictures)) if self.pictures else ()
         target = Target(concept, self.kind, (concept,))
         scenario = Scenario(None, painter, model, base, target, self.n, self.seed, synonyms=self.synonyms, files=files)

@@ -22,7 +22,7 @@ from eval.stored import from_json, shown_of, to_json
 from eval.unedited import Unedited
 from toolkit.errors import UserError
 from toolkit.io.files import FILE_NAME, load_edit, save_edit
-from toolkit.runs import timed
+from toolkit.runs import device_name, timed
 from toolkit.world.scenes import World
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Bench:
         for label, pairs in cell.asked.items():
             drawn = _by_prompts(map(from_json, record["images"][label]))
             images[label] = [drawn[pair] for pair in pairs]
-        costs = Costs(record["seconds"], record["peak_memory_mb"], record["bytes"])
+        costs = Costs(record["seconds"], record["peak_memory_mb"], record["bytes"], record.get("device", "CPU"))
         return Measured(cell, images, costs, record["steps"], record["kid"], record.get("drift", ()))
 
     def attacked(self, cell: Cell) -> list[Attacked]:
@@ -180,6 +180,7 @@ class Bench:
             "task": asdict(cell.goal),
             "measured_by": self.measured_by,
             **asdict(cost),
+            "device": device_name(self.model.arch.device),
             "bytes": size,
             "steps": edit.info.notes.get("steps"),
         }

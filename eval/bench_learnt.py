@@ -66,7 +66,7 @@ def pictured(result: Measured, shown: Shown) -> bool:
 
 QUESTIONS = {
     "subjects": (
-        Question("drawn in new contexts", "new contexts", "alone", right, 0.60),
+        Question("drawn in new contexts", "new contexts", "alone", right, 0.80),
         Question("drawn beside another object", "beside another", "beside", first, 0.60),
         Question("both drawn", "both drawn", "beside", right),
         Question("background right in new contexts", "background", "alone", background),

@@ -222,7 +222,8 @@ def cost(result: Measured) -> list[str]:
 def mean_cost(found: Sequence[Measured]) -> list[str]:
     """The same, on average over tasks."""
     seconds, memory, size = (fmean(getattr(r.costs, name) for r in found) for name in ("seconds", "memory", "bytes"))
-    return [f"{seconds:.1f}", f"{memory:.0f}", f"{size / 1024:.0f}"]
+    devices = ", ".join(sorted({r.costs.device for r in found} - {"CPU"}))
+    return [f"{seconds:.1f}{f' ({devices})' if devices else ''}", f"{memory:.0f}", f"{size / 1024:.0f}"]
 
 
 def by_object_kept(per_method: Mapping[str, Sequence[Measured]], most: int = 8) -> str:
@@ -302,7 +303,8 @@ are drawn in {steps} steps with guidance {guidance} and read by oracle {version}
   differences to the unedited model's, in percent of the range.
 - Only what the unedited model draws at least 80 % right counts. Left out: {poorly}.
 
-Seconds are those of the machine that this page was made on, memory is the largest of the whole process, model included.
+Seconds are those of the machine that fitted it, a CPU unless a GPU is named beside them; several fits ran at a time. Memory is the
+largest of the whole process, model included, or of the GPU.
 
 ## Bars missed
 

@@ -32,11 +32,12 @@ ENOUGH = 5  # images of one object, from which on it is looked at alone
 
 @dataclass(frozen=True)
 class Costs:
-    """Of fitting an edit: seconds, the largest memory of the process meanwhile, in MiB, and bytes of the edit's file."""
+    """Of fitting an edit: seconds, the largest memory meanwhile in MiB (of a GPU, else of the process), bytes of the edit's file."""
 
     seconds: float
     memory: float
     bytes: int
+    device: str = "CPU"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from toolkit.world.oracle import NONE, Reading
 
 if TYPE_CHECKING:
     from eval.alignment import Clip
+    from toolkit.model import Model
 
 HOW = "clip[:SOURCE], imagenet, a metric that detects (nudenet, ...)[:THRESHOLD], or MODULE:FUNCTION"
 NOTHING = ("a photo", "a picture", "an image")  # what a zero-shot judge compares a concept with
@@ -80,6 +81,21 @@ def open_judge(written: str, concept: str, kind: Literal["object", "style"] = "o
     judge = _judge(written, concept, kind)
     judge.shows(torch.zeros(1, 3, 64, 64))
     return judge
+
+
+def judged(
+    written: str,
+    concept: str,
+    kind: Literal["object", "style"],
+    model: Model,
+    *,
+    steps: int,
+    guidance: float | None,
+    batch_size: int | None,
+) -> Judged:
+    """A painter that draws with the model and asks this judge. guidance: None is what suits the model."""
+    guidance = model.guidance if guidance is None else guidance
+    return Judged(steps=steps, guidance=guidance, batch_size=batch_size, concept=concept, judge=open_judge(written, concept, kind))
 
 
 def _judge(written: str, concept: str, kind: Literal["object", "style"]) -> Judge:

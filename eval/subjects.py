@@ -27,6 +27,7 @@ class Given(Configured):
     """What a method that learns is given with the pictures, and what it is asked by."""
 
     captions: bool = option(True, "captions that say what else is in a picture")
+    each: bool = option(False, "of a picture of several subjects also a caption of each of them alone")
     masks: bool = option(False, "for each picture and subject a mask, the true one")
     class_after: bool = option(False, "put the class name after the word, in captions and when it is asked")
     world: bool = option(False, "everything else that the embedded model draws, to be kept")
@@ -65,11 +66,12 @@ class Lesson:
         """What they are asked by."""
         return tuple(f"{one.token} {one.class_name}" if self.given.class_after else one.token for one in self.subjects)
 
-    def caption(self, scene: Scene) -> str:
-        """What is said of a picture: no place when it is the middle."""
-        at = [f" {AT[place][0]}" if place != "center" else "" for place, _ in scene.items]
+    def caption(self, scene: Scene, only: str | None = None) -> str:
+        """What is said of a picture, or of one object in it: no place when it is the middle."""
+        items = [(place, name) for place, name in scene.items if only in (None, name)]
+        at = [f" {AT[place][0]}" if place != "center" else "" for place, _ in items]
         called = dict(zip(self.names, self.words, strict=True))
-        parts = [f"a {called[name]}{where}" for (_, name), where in zip(scene.items, at, strict=True)]
+        parts = [f"a {called[name]}{where}" for (_, name), where in zip(items, at, strict=True)]
         return " and ".join(parts) + (f" on a {scene.background} background" if self.told else "")
 
     def task(self, world: World, folder: Path) -> CustomizeTask:
@@ -89,9 +91,14 @@ class Lesson:
         rows = [{"file_name": image.name, "text": text} for image, text in zip(images, captions, strict=False)]
         if rows:
             write_atomic(folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows))
-        return CustomizeTask(
-            tuple(Subject(one.token, one.class_name, tuple(images), tuple(masks[one.name]), captions) for one in self.subjects)
-        )
+        return CustomizeTask(tuple(self._subject(one, tuple(images), tuple(masks[one.name]), captions) for one in self.subjects))
+
+    def _subject(self, one: Portrait, images: tuple[Path, ...], masks: tuple[Path, ...], captions: tuple[str, ...]) -> Subject:
+        """One of them; with captions of it alone every picture is there twice."""
+        if self.given.each and captions and len(self.subjects) > 1:
+            images, masks = 2 * images, 2 * masks
+            captions = (*(self.caption(scene, one.name) for scene in self.pictures), *captions)
+        return Subject(one.token, one.class_name, images, masks, captions)
 
 
 def subject(world: World, folder: Path, name: str, class_name: str, token: str, style: str) -> Subject:

@@ -54,7 +54,7 @@ class Line:
         return f"| {self.what} | {bar} | {self._number(e.value)} [{self._number(e.low)}, {self._number(e.high)}] | {e.n} |"
 
     def _number(self, value: float) -> str:
-        return f"{100 * value:.1f} %" if self.unit == "%" else f"{value:.2f} {self.unit}"
+        return f"{100 * value:.1f} %" if self.unit == "%" else f"{value:.2f} {self.unit}".rstrip()
 
 
 # --- autoencoder and oracle -----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,7 @@ from toolkit.errors import UserError
 
 if TYPE_CHECKING:
     from eval.attacked import Attacked
-    from eval.attacks.base import Attack
+    from eval.auditor import Auditor
     from tabs.shelf import Shelf
     from toolkit.jobs import Job
 
@@ -88,7 +88,7 @@ class AttackAndAudit(Tab):
 
         def begin(session: str, *given: Any) -> Job:
             asked, go_on = settings(app, *given)
-            title = f"Attack {', '.join(asked['concepts'][:3]) or 'an edit'} with {', '.join(asked['attacks']) or 'nothing'}"
+            title = f"Attack {', '.join(asked['concepts'][:3]) or 'an edit'} with {', '.join(asked['auditor'].attacks) or 'nothing'}"
             words = ["audit", asked["name"].rpartition("/")[2]]
             return app.start(session, title[:200], attacked, keep=words, goes_on=go_on, shelf=app.shelf, **asked)
 
@@ -148,6 +148,8 @@ def settings(
     goes_on: Any,
 ) -> tuple[dict[str, Any], bool]:
     """What was asked for, checked: the arguments of `attacked`, and whether it goes on without its page."""
+    from eval.auditor import Auditor
+
     names, given = tried(attacks), forms.read(options, "options")
     own: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in given.items():
@@ -158,27 +160,28 @@ def settings(
     words = live.words(concepts, "what was erased")
     if len(words) > MAX_CONCEPTS:
         raise UserError(f"{len(words)} concepts, at most {MAX_CONCEPTS} are taken; attack fewer at once")
+    auditor = Auditor(
+        {name: forms.configured(app, "", name, json.dumps(own[name]), "attack") for name in names},
+        n=live.whole(images, "images", 1, MAX_IMAGES),
+        seed=live.whole(seed, "seed", 0, 2**31),
+        steps=live.whole(steps, "steps", 1, MAX_STEPS),
+        erased_only=not everything_else,
+    )
     return {
         "name": chosen(app, edit),
         "file": edit_file(app, chosen(app, edit)),
         "concepts": words,
         "model": app.shelf.check_model(live.text(model, "the model")),
-        "attacks": {name: forms.configured(app, "", name, json.dumps(own[name]), "attack") for name in names},
-        "n": live.whole(images, "images", 1, MAX_IMAGES),
-        "steps": live.whole(steps, "steps", 1, MAX_STEPS),
-        "seed": live.whole(seed, "seed", 0, 2**31),
-        "everything_else": bool(everything_else),
+        "auditor": auditor,
     }, bool(goes_on)
 
 
-def attacked(
-    shelf: Shelf, name: str, model: str, file: Path, concepts: Sequence[str], attacks: Mapping[str, Attack], out: Path, **more: Any
-) -> Attacked:
-    """Attack and audit. more: what else `eval.attacked.audit` is told."""
+def attacked(shelf: Shelf, name: str, model: str, file: Path, concepts: Sequence[str], auditor: Auditor, out: Path) -> Attacked:
+    """Attack and audit."""
     from eval.attacked import audit
 
     opened = shelf.open(model)
-    return audit(opened, shelf.edit(name, opened), file, name, concepts, attacks, out, **more)
+    return audit(auditor, opened, shelf.edit(name, opened), file, name, concepts, out)
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------

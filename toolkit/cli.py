@@ -81,6 +81,7 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("where and how to run")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: cuda if there is one, else cpu")
     group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    group.add_argument("--attention", default="sdpa", choices=("sdpa", "xformers"), help="what computes attention; xformers: on CUDA only")
     group.add_argument("--offload", action="store_true", help="keep the parts that are not in use on the CPU")
     group.add_argument("--strict", action="store_true", help="an edit that was fitted on another base is an error")
 

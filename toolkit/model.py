@@ -18,6 +18,7 @@ from torch import Tensor
 from toolkit import registry
 from toolkit.arch.base import Architecture
 from toolkit.arch.single_file import recognise
+from toolkit.attention_backend import ATTENTIONS, use_attention
 from toolkit.edits.base import Edit, EditInfo, by_precedence, not_mergeable
 from toolkit.errors import UserError, unknown
 from toolkit.fingerprint import fingerprint, same_base
@@ -243,19 +244,30 @@ class Model:
 
 
 def load_model(
-    source: str = "emoji-sd", *, device: str = "cpu", dtype: str = "float32", strict: bool = False, lazily: bool = False
+    source: str = "emoji-sd",
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    strict: bool = False,
+    lazily: bool = False,
 ) -> Model:
     """A model from "emoji-sd" (the embedded one), a diffusers folder, a .safetensors checkpoint or a hub id. Failing to is a UserError.
 
-    dtype: float32, float16 or bfloat16. lazily: leave the denoiser and the image decoder in their files, when they are on the
-    disk and not on a hub; see `load_lazily`.
+    dtype: float32, float16 or bfloat16. attention: sdpa (PyTorch's) or xformers, which computes on CUDA devices alone; see
+    `use_attention`. lazily: leave the denoiser and the image decoder in their files, when they are on the disk and not on a hub; see
+    `load_lazily`.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    if attention not in ATTENTIONS:
+        raise unknown("attention", attention, ATTENTIONS)
     path = str(EMBEDDED) if source == "emoji-sd" else source
     family = architecture(path)
     load = partial(load_lazily, family) if lazily and Path(path).exists() else family.load
-    return Model(load(path, dtype=DTYPES[dtype]), source, strict=strict).to(device)
+    model = Model(load(path, dtype=DTYPES[dtype]), source, strict=strict).to(device)
+    use_attention(model.arch, attention, device)
+    return model
 
 
 def architecture(source: str) -> type[Architecture]:

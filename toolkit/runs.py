@@ -181,6 +181,11 @@ class Cost:
     peak_memory_mb: float = 0.0
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called where costs are told: "CPU", or a GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
 @contextmanager
 def timed() -> Iterator[Cost]:
     """Measures the block: the yielded Cost is filled in at its end."""

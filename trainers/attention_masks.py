@@ -22,13 +22,16 @@ WINDOW, STABLE = 7, (0.01**2, 0.03**2)  # of the structural similarity: its wind
 
 
 @torch.no_grad()
-def spread(arch: Architecture, latents: Tensor, t: Tensor, text: Text, tokens: Tensor, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def spread(
+    arch: Architecture, latents: Tensor, t: Tensor, text: Text, tokens: Tensor, sides: tuple[int, int], rivals: int = 0
+) -> tuple[Tensor, Tensor]:
     """How much each place of a noised picture belongs to each of some words, from 0 to 1.
 
         M_i = minmax( A C_i^2 ),    A = minmax( minmax(S)^4 )
 
     with C_i the cross-attention to the word, S the self-attention, means over heads and layers near a side, and minmax the map from
     its smallest value to its largest. What a place attends to is thereby passed on to places that attend to it.
+    rivals: so many of the first words share places among them, M_i has C_i^2 / (C_1 + C_2 + ...) in place of their C_i; 0: none do.
 
     latents, t, text: of one picture. tokens: [k, L], True for those of each word. sides: of the maps of cross- and self-attention.
     Returns M and C, [k, h, w] at the size of the latter.
@@ -39,10 +42,11 @@ def spread(arch: Architecture, latents: Tensor, t: Tensor, text: Text, tokens: T
         arch.predict(latents, t, text)
         seen = maps.mean(maps.near(sides[0], cross)).float()[0] @ tokens.T.to(latents.device, torch.float32)  # [places, k]
         among = maps.mean(maps.near(sides[1], own)).float()[0]  # [places, places]
-    looked = seen.T.unflatten(1, grid_of(len(seen), size))[:, None]
+    shared = torch.cat([seen[:, :rivals] * F.normalize(seen[:, :rivals], p=1), seen[:, rivals:]], 1)
     grid = grid_of(len(among), size)
-    looked = F.interpolate(looked, grid, mode="bicubic").flatten(1)  # [k, places]
-    sharp = minmax(minmax(looked).square())
+    maps_of = torch.cat([seen, shared], 1).T.unflatten(1, grid_of(len(seen), size))[:, None]
+    looked, shared = F.interpolate(maps_of, grid, mode="bicubic").flatten(1).chunk(2)  # [k, places] each
+    sharp = minmax(minmax(shared).square())
     together = minmax(torch.linalg.matrix_power(minmax(among.flatten()).view_as(among), POWER).flatten()).view_as(among)
     return minmax(sharp @ together.T).unflatten(1, grid), looked.unflatten(1, grid)
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from toolkit.method import option
 from toolkit.prompt_search import TokenRows
 from toolkit.world.scenes import ASSETS
 from trainers.loop import Objective
+from trainers.parameters import LAYERS, Layers, layers_of
 from trainers.preservation import PRIOR, Preserving, Prior
-from trainers.weights import FullWeights, WordsAndWeights
+from trainers.weights import FullWeights, LoraWeights, Trainable, WordsAndWeights
 
 if TYPE_CHECKING:
     from toolkit.edits.base import Edit, EditInfo
@@ -33,10 +34,13 @@ class WithKeysAndValues(Preserving, ABC):
 
     The edit is a chain: the words, then a change that is stored low-rank or dense, whichever is smaller, and loads as a LoRA. compress
     keeps of the change U S V^T of a layer [o, d] the first k singular values, with (s_1 + ... + s_k) / (s_1 + s_2 + ...) just above
-    it, in k (o + d) numbers.
+    it, in k (o + d) numbers. The papers train one embedding and the whole keys and values; num_vectors, parameters and rank are ours, for
+    what these cannot draw.
     """
 
-    parameters: Literal["keys_and_values", "cross_attention"] = option("keys_and_values", "what is trained beside the words")
+    parameters: Layers = option("keys_and_values", f"what is trained beside the words: {LAYERS}")
+    rank: int = option(0, "train low-rank changes of this rank instead of the weights themselves; 0: these")
+    num_vectors: int = option(1, "embedding vectors of each word")
     initializer_tokens: tuple[str, ...] = option(("ktn", "pll", "ucd"), "words that new ones start from, in turn; empty: the class names")
     compress: float = option(0.0, "part of the sum of each change's singular values that is kept, such as 0.6; 0: all of it")
     prior: Prior = option("images", PRIOR)
@@ -48,6 +52,12 @@ class WithKeysAndValues(Preserving, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.at_least(0, "rank")
+        self.at_least(1, "num_vectors")
+        if self.rank and self.compress:
+            raise UserError(
+                f"compress {self.compress} has no effect with rank {self.rank}, which is what is stored; leave one of the two out"
+            )
         if not 0 <= self.compress < 1:
             raise UserError(f"compress is {self.compress}, needs 0, or a part below 1 such as 0.6; give such a number")
 
@@ -60,18 +70,18 @@ class WithKeysAndValues(Preserving, ABC):
         subjects = self.subjects(task)
         words = self.initializer_tokens or [subject.class_name for subject in subjects]
         start = {subject.token: words[i % len(words)] for i, subject in enumerate(subjects)}
-        with TokenRows(model, start, seed=self.seed).unlisted() as rows:
-            weights = WordsAndWeights(rows, FullWeights(model, self.names(model)), lambda change: low_rank(change, self.compress))
+        with TokenRows(model, start, vectors=self.num_vectors, seed=self.seed).unlisted() as rows:
+            weights = WordsAndWeights(rows, *self.weights(model))
             learning = self.learning(model, weights, subjects)
             with weights, first_token_detached(model):
                 yield learning, weights.edit
 
-    def names(self, model: Model) -> list[str]:
-        """The parameters that are trained."""
-        if self.parameters == "keys_and_values":
-            return [f"{site}.weight" for site in model.arch.text_linears()]
-        cross = tuple(f"{site}." for site in model.arch.cross_attention_sites())
-        return [f"{site}.weight" for site in model.arch.lora_targets() if site.startswith(cross)]
+    def weights(self, model: Model) -> tuple[Trainable, Callable[[Any], Edit]]:
+        """What is trained beside the words, and what becomes of its change."""
+        layers = layers_of(model.arch, self.parameters)
+        if self.rank:
+            return LoraWeights(layers, self.rank, seed=self.seed), lambda change: change
+        return FullWeights(model, [f"{site}.weight" for site in layers]), lambda change: low_rank(change, self.compress)
 
     @classmethod
     def example_task(cls, model: Model) -> CustomizeTask:

@@ -1,7 +1,7 @@
 """Pictures in which several subjects are seen together, and what the denoiser attends to while it learns them.
 
 Subjects that name the same picture file are in it together. A sample is a picture and some of its subjects, and its prompt
-names these.
+names these. A subject may name a file several times, with another caption each time: of itself alone, and of it beside others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from toolkit.concepts import Subject
 from toolkit.errors import UserError
 from trainers.loop import Batch
 from trainers.photos import load_masks
-from trainers.preservation import PreservedDenoising
+from trainers.preservation import PreservedDenoising, without_token
 from trainers.subjects import Denoising, Learned, Photos, Samples, Seen, named
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ Choices = Callable[[int], Sequence[tuple[int, ...]]]
 class Scenes(Photos):
     """Pictures with the subjects that are in each.
 
-    templates: prompts with {} for all subjects of a sample. captioned: captions of subjects stand for them where there are some; a
-    picture that several subjects share then has those of all of them, and each names the subjects of a sample itself.
+    templates: prompts with {} for all subjects of a sample. choices: which subjects are in one. Where subjects have captions of a picture,
+    these stand for both: it has those of all of them, each as often as the others, and each names the subjects of a sample itself.
     members: of each picture. masks_of: of each picture, for each of its subjects its mask [1, 1, h', w'] at the latent's places, or
     None. asked: prompt -> the subjects that it names. The error counts where one of these is; without masks everywhere.
     """
@@ -49,33 +49,40 @@ class Scenes(Photos):
         templates: str | Sequence[str],
         choices: Choices,
         word: Callable[[Subject], str] = lambda subject: subject.token,
-        *,
-        captioned: bool = False,
     ) -> None:
-        if not captioned and (given := [subject.token for subject in subjects if subject.captions]):
-            raise UserError(f"captions given for {given[0]}, and this method names the subjects of each sample itself; leave them out")
-        found: dict[Path, list[tuple[Subject, Path | None, str | None]]] = {}
+        found: dict[Path, dict[Subject, Path | None]] = {}
+        said: dict[Path, list[str]] = {}
         for subject in subjects:
             nothing = [None] * len(subject.images)
             for image, mask, caption in zip(subject.images, subject.masks or nothing, subject.captions or nothing, strict=True):
-                found.setdefault(image, []).append((subject, mask, caption))
-        self.members = [[subject for subject, *_ in inside] for inside in found.values()]
+                if found.setdefault(image, {}).setdefault(subject, mask) != mask:
+                    raise UserError(f"{image} is given twice for {subject.token} with different masks; give it one")
+                said.setdefault(image, []).extend([] if caption is None else [caption])
+        self.members = [list(inside) for inside in found.values()]
         self.asked: dict[str, tuple[Subject, ...]] = {}
         captions, forms = [], (templates,) if isinstance(templates, str) else templates
-        for image, inside, members in zip(found, found.values(), self.members, strict=True):
-            if given := [caption for *_, caption in inside if caption is not None]:
+        for image, members in zip(found, self.members, strict=True):
+            if given := said[image]:
                 prompts = list(dict.fromkeys(given))
                 some = named_in(prompts, members, subjects, image)
             else:
-                filled = [(tuple(members[i] for i in chosen), form) for chosen, form in product(choices(len(inside)), forms)]
+                filled = [(tuple(members[i] for i in chosen), form) for chosen, form in product(choices(len(members)), forms)]
                 some, prompts = [names for names, _ in filled], [form.format(" and ".join(map(word, names))) for names, form in filled]
             self.asked |= dict(zip(prompts, some, strict=True))
             captions.append(tuple(prompts))
         super().__init__(arch, list(found), captions, [None] * len(found), method)
         self.masks_of = [
-            [None if mask is None else self._mask(mask, image, row) for _, mask, _ in inside]
+            [None if mask is None else self._mask(mask, image, row) for mask in inside.values()]
             for row, (image, inside) in enumerate(found.items())
         ]
+
+    def whole(self, row: int) -> str:
+        """A prompt of a picture that names all its subjects; that there is none is a UserError."""
+        for prompt in self.captions[row]:
+            if set(self.asked[prompt]) == set(self.members[row]):
+                return prompt
+        words = ", ".join(subject.token for subject in self.members[row])
+        raise UserError(f"no caption of {self.names[row]} names all of {words}, which are told apart by one; give one that does, or masks")
 
     def at(self, row: int, prompt: str, draw: torch.Generator) -> Seen:
         one = super().at(row, prompt, draw)
@@ -128,12 +135,33 @@ class Attentive(Denoising):
         return found
 
 
+OUTSIDE = "weight of predicting outside the masks what the model did before, for the class names; 0: anything goes there"
+
+
 class AttentiveDenoising(Attentive, PreservedDenoising):
-    """The denoiser's error, and what is asked of where it looks: what `attention` says of the samples' cross-attention."""
+    """The denoiser's error, and what is asked of where it looks: what `attention` says of the samples' cross-attention.
+
+    outside_weight: of how far what is predicted outside the masks has moved from what the model predicted before, there for the class
+    names. Without it a subject that is learnt alone, from a picture that shows another, comes with a shadow of that one.
+    """
+
+    outside_weight: float = 0.0
 
     @abstractmethod
     def attention(self, samples: Samples, maps: AttentionMaps) -> tuple[Tensor, dict[str, float]]:
         """A term of the loss, and values to show. maps: of the prediction of these samples, which are its first rows."""
+
+    def learnt(self, samples: Samples, output: Tensor) -> Tensor:
+        value = super().learnt(samples, output)
+        return value + self.outside_weight * self.moved_outside(samples, output) if self.outside_weight else value
+
+    def moved_outside(self, samples: Samples, output: Tensor) -> Tensor:
+        """How far an output is from that of the model before, where no subject of the sample is: the mean square."""
+        prompts = [without_token(prompt, self.subjects) for prompt in samples.prompts]
+        with self.module.off(), torch.no_grad():
+            before = self.arch.predict(self.noisy(samples), samples.t, self.before(prompts))
+        outside = 1 - samples.weights / samples.weights.amax((1, 2, 3), keepdim=True)
+        return (outside * (output - before).square()).sum() / (outside.sum() * output.shape[1]).clamp(min=1)
 
     def loss_of(self, samples: Samples, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         self.maps = None

@@ -12,8 +12,9 @@ from eval.rates import Shown, share
 from toolkit.edits.base import EditInfo
 from toolkit.errors import UserError
 from toolkit.method import option
-from trainers.customize.dreambooth_lora import DreamBoothLora, Layers, adapted
+from trainers.customize.dreambooth_lora import DreamBoothLora
 from trainers.loop import train
+from trainers.parameters import LAYERS, Layers, layers_of
 from trainers.subjects import Denoising, Drawings, Prompts
 from trainers.weights import LoraWeights
 
@@ -39,7 +40,7 @@ class Relearn(Attack):
     train_batch_size: int = option(4, "pictures in a step")
     learning_rate: float = option(1e-3, "step size")
     rank: int = option(4, "rank of the change of each layer")
-    layers: Layers = option("attention", "what is adapted, as in dreambooth_lora: all, attention, cross_attention, or its keys_and_values")
+    layers: Layers = option("attention", f"what is adapted, as in dreambooth_lora: {LAYERS}")
     seed: int = option(0, "of what is drawn")
 
     label: ClassVar = "fine-tuning"
@@ -76,7 +77,7 @@ class Relearn(Attack):
             seed=self.seed,
             mixed_precision="auto",
         )
-        weights = LoraWeights(adapted(model.arch, self.layers), self.rank, seed=self.seed)
+        weights = LoraWeights(layers_of(model.arch, self.layers), self.rank, seed=self.seed)
         objective = Denoising(weights, Drawings(model.arch, captions, latents), Prompts(model.arch, "memory"), options)
         edits: dict[int, Edit] = {}
 

@@ -89,7 +89,7 @@ def make_scenario(args: Namespace) -> Scenario:
     """Whom the command's options say to attack."""
     from eval.attacks.base import Scenario
     from eval.commands.evaluate import comparison, knows_world, painter
-    from eval.judges import Judged, open_judge
+    from eval.judges import judged
     from eval.prompts import Target, resolve
     from eval.rates import DRAWN_WELL
     from toolkit.pictures import pictures
@@ -106,9 +106,8 @@ def make_scenario(args: Namespace) -> Scenario:
     if by_oracle:
         drawing = painter(args)
     else:
-        judge = open_judge(args.judge, args.concept, args.kind)
-        guidance = model.guidance if args.guidance is None else args.guidance
-        drawing = Judged(steps=args.steps, guidance=guidance, batch_size=args.batch_size, concept=args.concept, judge=judge)
+        how = {"steps": args.steps, "guidance": args.guidance, "batch_size": args.batch_size}
+        drawing = judged(args.judge, args.concept, args.kind, model, **how)
     return Scenario(
         world,
         drawing,

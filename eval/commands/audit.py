@@ -6,8 +6,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from toolkit import registry
-from toolkit.commands import MODEL_HELP, check_counts, open_edit, open_model, pairs
-from toolkit.errors import unknown
+from toolkit.commands import MODEL_HELP, check_counts, named_options, open_edit, open_model
 
 if TYPE_CHECKING:
     from eval.attacks.base import Attack
@@ -70,10 +69,5 @@ def run(args: Namespace) -> dict[str, Any]:
 
 def open_attacks(args: Namespace) -> dict[str, Attack]:
     """The attacks with their options."""
-    options: dict[str, dict[str, str]] = {name: {} for name in args.attacks}
-    for key, value in pairs(args.set, "--set").items():
-        name, _, option = key.partition(".")
-        if name not in options or not option:
-            raise unknown("attack for --set", key, [f"{name}.OPTION" for name in options])
-        options[name][option] = value
+    options = named_options(args.set, args.attacks, "attack")
     return {name: registry.load("attack", name).from_config(given) for name, given in options.items()}

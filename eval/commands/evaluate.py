@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit import registry
-from toolkit.commands import add_model_arguments, check_counts, open_model, pairs
+from toolkit.commands import add_model_arguments, check_counts, named_options, open_model, pairs
 from toolkit.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def comparison(args: Namespace, model: Model) -> Model:
     from toolkit.model import load_model
 
     if args.base:
-        return load_model(args.base, device=str(model.arch.device), dtype=args.dtype)
+        return load_model(args.base, device=str(model.arch.device), dtype=args.dtype, attention=args.attention)
     return model.reference() if model.edits else model
 
 
@@ -158,14 +158,7 @@ def open_metrics(args: Namespace, model: Model, names: Sequence[str]) -> list[Me
     """The metrics with their options. What they measure with is loaded now, so that a mistake is told before anything is drawn."""
     from eval.metrics.clip import ClipMetric
 
-    options: dict[str, dict[str, str]] = {name: {} for name in names}
-    for key, value in pairs(args.set, "--set").items():
-        name, _, option = key.partition(".")
-        if name not in options or not option:
-            raise UserError(
-                f"--set {key}={value} is for none of the metrics {', '.join(names)}; write METRIC.OPTION=VALUE with one of them"
-            )
-        options[name][option] = value
+    options = named_options(args.set, names, "metric")
     kinds = {name: registry.load("metric", name) for name in options}
     through_clip = [name for name, kind in kinds.items() if issubclass(kind, ClipMetric)]
     if args.clip and not through_clip:

@@ -1,6 +1,10 @@
-"""Every method fitted to its example task, on a tiny random instance of an architecture that it declares."""
+"""Every method fitted to its example task, on a tiny random instance of an architecture that it declares.
+
+On the CPU, or where the environment's PALIMPSEST_TEST_DEVICE says, such as cuda.
+"""
 
 import dataclasses
+import os
 from typing import Any
 
 from toolkit import registry
@@ -10,6 +14,7 @@ from toolkit.model import Model
 
 METHODS: dict[str, type[Method]] = {name: registry.load("method", name) for name in registry.names("method")}
 CASES = [(name, family) for name, method in METHODS.items() for family in method.architectures]
+DEVICE = os.environ.get("PALIMPSEST_TEST_DEVICE", "cpu")
 # what a method may call an option that a test has to keep small
 DRAWING = {"num_class_images": 2, "class_image_steps": 2}  # of methods that draw pictures of the class unless told otherwise
 QUICK = {"max_train_steps": 2, "trajectories": 2, "sampling_steps": 3, "attack_steps": 2, "words_steps": 1, "clip": "metric-clip"}
@@ -35,7 +40,7 @@ def quick(method: type[Method]) -> Method:
 
 
 def tiny_of(family: str, seed: int = 0) -> Model:
-    return Model(registry.load("arch", family).tiny(seed=seed))
+    return Model(registry.load("arch", family).tiny(seed=seed)).to(DEVICE)
 
 
 def snapshot(model: Model) -> dict[str, object]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.contract.fitting import CASES, METHODS, Fitted, quick, snapshot, tiny_of
+from tests.contract.fitting import CASES, DEVICE, METHODS, Fitted, quick, snapshot, tiny_of
 from toolkit import registry
 from toolkit.commands import open_method
 from toolkit.concepts import Concept, CustomizeTask, DebiasTask, EraseTask, MergeTask, Subject
@@ -45,6 +45,7 @@ def test_fitting_leaves_the_model_as_it_was(fitted: Fitted) -> None:
     assert same(fitted.before, fitted.after) and fitted.model.edits == ()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU adds the gradients of embeddings in any order")
 def test_fitting_is_repeatable(fitted: Fitted) -> None:
     again = fitted.method.fit(fitted.model, fitted.task).tensors()
     first = fitted.edit.tensors()
@@ -54,7 +55,7 @@ def test_fitting_is_repeatable(fitted: Fitted) -> None:
 def test_what_needs_the_text_alone_is_fitted_with_the_rest_left_in_its_file(fitted: Fitted, tmp_path: Path) -> None:
     if fitted.method.needs() == "all":
         pytest.skip("it looks at more than the text encoders and the layers that read text")
-    model = load_model(str(fitted.model.save(tmp_path / "model")), lazily=True)
+    model = load_model(str(fitted.model.save(tmp_path / "model")), device=DEVICE, lazily=True)
     edit = fitted.method.fit(model, fitted.task)
     first, again = fitted.edit.tensors(), edit.tensors()
     assert edit.info == fitted.edit.info
@@ -132,7 +133,7 @@ def test_merged_it_is_what_it_is_attached(fitted: Fitted, tmp_path: Path) -> Non
     merged = fitted.model.reference([fitted.edit])
     merged.merge()
     assert merged.edits == () and torch.equal(drawn(merged, fitted), expected)
-    torch.testing.assert_close(drawn(load_model(str(saved)), fitted), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn(load_model(str(saved), device=DEVICE), fitted), expected, atol=1e-4, rtol=0)
 
 
 def test_half_of_it_is_between(fitted: Fitted) -> None:
@@ -148,7 +149,8 @@ def test_half_of_it_is_between(fitted: Fitted) -> None:
 def test_another_models_edit_is_refused_when_strict(name: str, family: str) -> None:
     method, model = quick(METHODS[name]), tiny_of(family)
     edit = method.fit(model, method.example_task(model))
-    other = Model(registry.load("arch", family).tiny(seed=1), strict=True)
+    other = tiny_of(family, seed=1)
+    other.strict = True
     before = snapshot(other)
     with pytest.raises(UserError, match="another base"):
         other.attach(edit)

@@ -89,7 +89,7 @@ def test_attacks_have_their_options_and_an_impossible_one_its_reason(folder: Pat
     assert held["erased"] == ["gun"] and held["attacks"][0]["config"]["words"] == "given"
     assert held["attacks"][1]["outcome"] == OUTCOMES[3] and held["attacks"][1]["impossible"]
     assert any(line.startswith("prompt_set on pistol, which could not be tried") for line in held["not_tested"])
-    for words, message in ((["--set", "uce.lamb=1"], "unknown attack"), (["--attacks", "nothing"], "unknown attack")):
+    for words, message in ((["--set", "uce.lamb=1"], "for none of the attacks paraphrase"), (["--attacks", "nothing"], "unknown attack")):
         assert cli.main(["audit", str(folder / "erased"), *words, "--out", str(folder / "audit")]) == 2
         assert message in capsys.readouterr().err
 
@@ -115,7 +115,7 @@ class Bright:
 
 def test_a_judge_takes_the_oracles_place(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.commands.evaluate.knows_world", lambda model: False)
-    monkeypatch.setattr("eval.auditor.open_judge", lambda *given: Bright())
+    monkeypatch.setattr("eval.judges.open_judge", lambda *given: Bright())
     held, html = audit(folder, capsys, "--judge", "bright", "--steps", "1", "--attacks", "closed_form_preimage")
     assert held["measured_by"]["model"] == "bright" and held["metrics"]["target_accuracy"]["value"] == 0.5
     assert "does not draw pistol well enough" in held["attacks"][0]["impossible"] and "retained_objects" not in held["metrics"]

@@ -64,6 +64,12 @@ def test_text_batches(arch: SD) -> None:
     assert len(again) == 3 and torch.equal(again.hidden, text.hidden) and torch.equal(again.length, text.length)
 
 
+def test_tokens_go_where_inputs_go(arch: SD, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the encoder is, which one that is offloaded leaves."""
+    monkeypatch.setattr(SD, "device", torch.device("meta"))
+    assert arch.tokenize(["a cat"], "text_encoder")[0].device.type == "meta"
+
+
 def test_encode_keeps_the_graph_on_demand(arch: SD) -> None:
     embedding = arch.token_embeddings()["text_encoder"]
     embedding.weight.requires_grad_(True)

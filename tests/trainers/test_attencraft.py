@@ -1,5 +1,6 @@
 """attencraft: masks out of attention, the divergence, when masks are made anew, and how often each subject is learnt."""
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from toolkit.attention import attention_maps, self_attention_sites, token_mask
 from toolkit.concepts import CustomizeTask, Subject
 from toolkit.errors import PalimpsestError, UserError
 from toolkit.model import Model
-from trainers.attention_masks import apart, similarity, spread
+from trainers.attention_masks import apart, minmax, similarity, spread
 from trainers.customize import attencraft
 from trainers.customize.attencraft import AttenCraft, alone_or_all
 from trainers.loop import Batch
@@ -70,6 +71,51 @@ def test_attention_is_passed_on_between_places(tiny: Model) -> None:
         torch.testing.assert_close(looked[i].flatten(), seen, atol=1e-5, rtol=1e-4)
         expected = scaled(together @ scaled(scaled(seen) ** 2))
         torch.testing.assert_close(belongs[i].flatten(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_words_share_the_places(tiny: Model) -> None:
+    """Against the equation, with shares by hand."""
+    arch, prompt = tiny.arch, "a dog and a cat"
+    latents = torch.randn(1, *arch.latent_shape(16, 16), generator=torch.Generator().manual_seed(0))
+    t, text = torch.tensor([100]), arch.encode([prompt])
+    tokens = token_mask(arch, [prompt] * 3, ["dog", "cat", "and"])
+    alone, looked = spread(arch, latents, t, text, tokens, (16, 16))
+    shared, same = spread(arch, latents, t, text, tokens, (16, 16), 2)
+    assert torch.equal(looked, same) and torch.equal(alone[2], shared[2]), "the third word is no rival"
+    with torch.no_grad(), attention_maps(arch, self_attention_sites(arch)) as maps:
+        arch.predict(latents, t, text)
+    among = minmax(maps.mean(maps.near(16, self_attention_sites(arch)))[0].flatten()).view(64, 64)
+    together = minmax(torch.linalg.matrix_power(among, 4).flatten()).view(64, 64)
+    seen = looked.flatten(1)
+    for i in range(2):
+        expected = minmax(together @ minmax(seen[i] ** 2 / (seen[0] + seen[1])) ** 2)
+        torch.testing.assert_close(shared[i].flatten(), expected, atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(spread(arch, latents, t, text, tokens, (16, 16), 1)[0], alone)
+
+
+def test_masks_are_of_the_mean_over_noise_levels(tiny: Model, scene: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One level sees upper halves and the next one lower halves."""
+    subjects = CustomizeTask((Subject("<a>", "dog", scene), Subject("<b>", "cat", scene)))
+    (left, right), none = halves(8), torch.zeros(8, 8)
+    top = torch.ones(8, 8)
+    top[4:] = 0
+    plays = itertools.cycle([torch.stack([left * top, right * top, none]), torch.stack([left * (1 - top), right * (1 - top), none])])
+    rivals: list[int] = []
+
+    def played(arch: Any, latents: Any, t: Any, text: Any, tokens: Any, sides: Any, among: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rivals.append(among)
+        belongs = next(plays)
+        return belongs, belongs
+
+    monkeypatch.setattr(attencraft, "spread", played)
+    with AttenCraft(**PLAIN, mask_draws=2, mask_shares=True).objective(tiny, subjects) as (made, _):
+        crafting: Any = made
+        assert rivals == [2, 2] and torch.equal(crafting._masks(0), halves(8))
+    with AttenCraft(**PLAIN).objective(tiny, subjects) as (made, _):
+        crafting = made
+        assert rivals == [2, 2, 0] and torch.equal(crafting._masks(0), halves(8) * top)
+    with pytest.raises(UserError, match="mask_draws is 0"):
+        AttenCraft(mask_draws=0)
 
 
 def test_places_belong_to_a_word_by_a_margin() -> None:
@@ -131,7 +177,7 @@ def test_masks_are_made_anew_when_they_are_recognised(tiny: Model, scene: tuple[
     task = CustomizeTask((Subject("<a>", "dog", scene), Subject("<b>", "cat", scene)))
     shows = {"masks": halves(8)}
 
-    def played(arch: Any, latents: Any, t: Any, text: Any, tokens: torch.Tensor, sides: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def played(arch: Any, latents: Any, t: Any, text: Any, tokens: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
         assert tokens.shape[0] == 3 and tokens[2].nonzero().tolist() == [[0]], "the background is the first token"
         words = shows["masks"]
         return torch.cat([words, torch.full_like(words[:1], 0.5)]), torch.stack([0.2 * words[0], 0.1 * words[1], words[0]])
@@ -159,6 +205,12 @@ def test_subjects_that_are_not_told_apart_are_said(tiny: Model, scene: tuple[Pat
     monkeypatch.setattr(attencraft, "spread", lambda *given: (torch.ones(3, 8, 8), torch.ones(3, 8, 8)))
     with pytest.raises(PalimpsestError, match=r"<a> and <b> are not told apart by attention in .*scene.png"):
         AttenCraft(**PLAIN).fit(tiny, CustomizeTask((Subject("<a>", "dog", scene), Subject("<b>", "cat", scene))))
+
+
+def test_masks_are_made_with_a_caption_of_all_subjects(tiny: Model, scene: tuple[Path, ...]) -> None:
+    alone = CustomizeTask(tuple(Subject(f"<{name}>", word, scene, (), (f"a <{name}>",)) for name, word in (("a", "dog"), ("b", "cat"))))
+    with pytest.raises(UserError, match=r"no caption of .* names all of <a>, <b>"):
+        AttenCraft(**PLAIN).fit(tiny, alone)
 
 
 def test_one_template_is_all_it_takes() -> None:

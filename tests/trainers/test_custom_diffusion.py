@@ -72,6 +72,16 @@ def test_both_words_and_every_layer_that_reads_text_are_trained(tiny: Model, tas
     assert edit.info.triggers == ("<toy>", "<pal>")
 
 
+def test_more_layers_and_vectors_can_be_trained_as_low_rank_changes(tiny: Model, task: CustomizeTask) -> None:
+    method = CustomDiffusion(**PLAIN, max_train_steps=3, learning_rate=0.01, initializer_tokens=(), parameters="all", rank=2, num_vectors=3)
+    words, change = parts(method.fit(tiny, task))
+    assert {token: len(rows["text_encoder"]) for token, rows in words.tokens.items()} == {"<toy>": 3, "<pal>": 3}
+    assert set(change.sites()) == {f"{site}.weight" for site in tiny.arch.denoiser_layers()} and not change.dense
+    assert {len(down) for down in change.down.values()} == {2} and all(change.delta(site).any() for site in change.sites())
+    with pytest.raises(UserError, match="rank 2"):
+        CustomDiffusion(rank=2, compress=0.6)
+
+
 def test_the_first_token_passes_no_gradient_on(tiny: Model, task: CustomizeTask) -> None:
     """With the keys and values of all other tokens held, nothing is left to learn."""
     site, layer = next(iter(tiny.arch.text_linears().items()))

@@ -1,5 +1,6 @@
 """disendiff: the overlaps of where words and class names are attended to, and that training changes them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def test_pictures_are_captioned_with_every_template(tiny: Model, task: Customize
     with DisenDiff(**PLAIN, templates=("{}", "a photo of {}")).objective(tiny, task) as (made, _):
         pictures: Any = made
         assert pictures.pictures.captions == [("<a> dog and <b> cat", "a photo of <a> dog and <b> cat")]
+
+
+def test_captions_have_the_class_names(tiny: Model, task: CustomizeTask) -> None:
+    one = replace(task.subjects[0], captions=tuple(f"a {task.subjects[0].token}" for _ in task.subjects[0].images))
+    with pytest.raises(UserError, match="write the class name too"):
+        DisenDiff(prior="none").fit(tiny, CustomizeTask((one,)))
 
 
 def test_the_loss_is_custom_diffusions_and_the_overlaps(tiny: Model, task: CustomizeTask) -> None:

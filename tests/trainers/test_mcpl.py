@@ -202,7 +202,7 @@ def test_prompts_are_the_captions_or_all_templates(tiny: Model, task: CustomizeT
         discovering: Any = made
         assert discovering.pictures.captions == [tuple(one.format("a red <a> and a <b>") for one in TEMPLATES)]
     own = CustomizeTask((Subject("<a>", "dog", third, captions=("just <a>",)), Subject("<b>", "cat", third, captions=("a <b>",))))
-    pictures = Scenes(tiny.arch, own.subjects, MCPL(), TEMPLATES, together, captioned=True)
+    pictures = Scenes(tiny.arch, own.subjects, MCPL(), TEMPLATES, together)
     assert pictures.captions == [("just <a>", "a <b>")] and pictures.asked["a <b>"] == own.subjects[1:]
 
 

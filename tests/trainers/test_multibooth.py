@@ -226,3 +226,18 @@ def test_a_layer_adds_nothing_at_first() -> None:
     queries, name, places = torch.randn(2, 3, 128), torch.randn(2, 1, 128), torch.randn(2, 4, 24)
     after = layer(queries, name, places)
     assert layer.own.num_heads == 2 and torch.equal(after[0], queries) and torch.equal(after[1], name)
+
+
+def test_the_class_is_kept_and_all_layers_are_adapted_when_asked_for(tiny: Model, task: CustomizeTask) -> None:
+    prior: dict[str, Any] = {"prior": "distillation", "num_class_images": 2, "class_image_steps": 2}
+    method = MultiBooth(**QUICK, **prior, layers="all")
+    with method.objective(tiny, task) as (learning, _):
+        made: Any = learning
+        stirred(made.module)
+        value, shown = made.loss(Batch(0))
+        assert value.item() == pytest.approx(shown["subject"] + shown["class"] + 0.01 * shown["norm"] ** 2, rel=1e-4)
+        assert shown["class"] > 0
+    _, change = parts(method.fit(tiny, task))
+    assert set(change.sites()) == {f"{site}.weight" for site in tiny.arch.denoiser_layers()}
+    with pytest.raises(UserError, match="prediction"):
+        MultiBooth(prior="prediction")

@@ -80,7 +80,7 @@ class Encoders(Architecture, ABC):
 
     # --- text ---------------------------------------------------------------------------------------------------
     def tokenize(self, prompts: Sequence[str], component: str, longest: int | None = None, *, cut: bool = False) -> tuple[Tensor, Tensor]:
-        """Token ids [n, L] for a text encoder, on its device, and the number of tokens up to and including EOT [n].
+        """Token ids [n, L] for a text encoder, where inputs go, and the number of tokens up to and including EOT [n].
 
         longest: L, None is as many as the encoder has positions. A longer prompt is a UserError, or cut off with cut=True.
         """
@@ -92,7 +92,7 @@ class Encoders(Architecture, ABC):
         for prompt, ids in zip(prompts, tokens.input_ids, strict=True):
             if len(ids) > room:
                 raise UserError(f"prompt {prompt!r} has {len(ids) - special} tokens, {room - special} fit; shorten it")
-        device = encoder.device
+        device = self.device  # not the encoder's: one that is offloaded is elsewhere before its first use
         return torch.tensor(tokens.input_ids, device=device), torch.tensor(tokens.attention_mask, device=device).sum(1)
 
     # --- other people's formats ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +53,13 @@ def add_training_arguments(parser: ArgumentParser) -> None:
 
 
 def open_model(args: Namespace, *, lazily: bool = False) -> Model:
-    """The model that `--model`, `--device`, `--dtype`, `--offload` and `--strict` ask for, with every `--edit` attached.
+    """The model that `--model`, `--device`, `--dtype`, `--attention`, `--offload` and `--strict` ask for, with every `--edit` attached.
 
     lazily: see `load_model`. A model that is offloaded is loaded as a whole.
     """
     import torch
 
+    from toolkit.attention_backend import use_attention
     from toolkit.model import load_model
 
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process, when several were launched
@@ -75,6 +76,7 @@ def open_model(args: Namespace, *, lazily: bool = False) -> Model:
     base = functools.cache(load)  # loaded last, unless an edit needs it: a mistake in a file is told before
     edits = [open_edit(written, base) for written in args.edit]
     model = base()
+    use_attention(model.arch, args.attention, device)  # not by `load_model`: offloaded parts are on the CPU yet
     for edit, scale in edits:
         model.attach(edit, scale)
     if args.offload:
@@ -100,6 +102,18 @@ def open_edit(written: str, base: Callable[[], Model] | None = None) -> tuple[Ed
     if scale != 1.0 and (rigid := [part.kind() for part, _ in edit.parts() if not part.scalable]):
         raise UserError(f"edit {written!r} holds a {rigid[0]} edit, which cannot be scaled; leave @{number} out")
     return edit, scale
+
+
+def named_options(settings: list[str], names: Iterable[str], what: str) -> dict[str, dict[str, str]]:
+    """Name -> its options of `--set NAME.OPTION=VALUE`. One for none of the names is a UserError. what: they are, such as "attack"."""
+    options: dict[str, dict[str, str]] = {name: {} for name in names}
+    for key, value in pairs(settings, "--set").items():
+        name, _, option = key.partition(".")
+        if name not in options or not option:
+            form = f"{what.upper()}.OPTION=VALUE"
+            raise UserError(f"--set {key}={value} is for none of the {what}s {', '.join(options)}; write {form} with one of them")
+        options[name][option] = value
+    return options
 
 
 def open_method(kind: str, name: str, settings: list[str], *, keep_world: bool = False) -> Method:

@@ -19,7 +19,7 @@ from toolkit.world.scenes import ASSETS
 from trainers.attention_masks import apart, minmax, similarity, spread
 from trainers.keys_and_values import WithKeysAndValues
 from trainers.loop import Batch
-from trainers.scenes import AttentiveDenoising, Scenes, own_words
+from trainers.scenes import OUTSIDE, AttentiveDenoising, Scenes, own_words
 from trainers.subjects import Prompts, Samples
 from trainers.weights import WordsAndWeights
 
@@ -51,14 +51,16 @@ class AttenCraft(WithKeysAndValues):
 
     Defaults
         The official code's: 500 steps of 1 picture at 5e-5 beside 1 of the class ("a photo at the beach"), keys and values, maps of
-        16 x 16 and of 32 x 32 for self-attention, mask_threshold 0.1, mask_steps 20, attention_weight 1. New words start from
-        their class names. sampling uniform chooses each subject alone as often as all together, as its code does; reweighted, the
-        paper's second version, chooses a word the more often the less it is attended to at its mask, and all together in one of three.
+        16 x 16 and of 32 x 32 for self-attention, mask_threshold 0.1, mask_steps 20, attention_weight 1, masks of one
+        noise level. New words start from their class names. sampling uniform chooses each subject alone as often as all together, as its
+        code does; reweighted, the paper's second version, chooses a word the more often the less it is attended to at its mask, and all
+        together in one of three.
 
     Deviations
         Any number of subjects and pictures, where the official code has two in one; with masks given, none are made. The error is
-        averaged over the mask unless mask_normalization is image. First masks are looked for at up to 20 noise levels, and not told
-        apart at any of them they are an error that says so; the official code tries one. What the release leaves out of the
+        averaged over the mask unless mask_normalization is image. outside_weight, mask_draws and mask_shares are ours: M is the mean over
+        noise levels, and of C_i counts its share in what all subjects' words are attended to. First masks are looked for up to 20 times,
+        and not told apart at any of them they are an error that says so; the official code tries once. What the release leaves out of the
         reweighting is chosen by us: shares in proportion to 1 / (attention within the mask).
     """
 
@@ -68,6 +70,9 @@ class AttenCraft(WithKeysAndValues):
     self_attention_side: int = option(32, "side of the maps of self-attention, and of the masks")
     mask_threshold: float = option(0.1, "how much more a place belongs to a word than to the others to be its")
     mask_steps: int = option(20, "steps after which the masks are made again; 0: never")
+    mask_draws: int = option(1, "noise levels over which masks are averaged")
+    mask_shares: bool = option(False, "weigh how a word is attended to by its share of what all subjects' words are")
+    outside_weight: float = option(0.0, OUTSIDE)
     initializer_tokens: tuple[str, ...] = option((), "words that new ones start from, in turn; empty: the class names")
     class_prompts: tuple[str, ...] = option(("a photo at the beach",), "what the model draws for it, in turn; empty: a photo of each class")
     train_batch_size: int = option(1, "pictures that are computed at once")
@@ -77,8 +82,8 @@ class AttenCraft(WithKeysAndValues):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(0, "attention_weight", "mask_threshold", "mask_steps")
-        self.at_least(1, "attention_side", "self_attention_side")
+        self.at_least(0, "attention_weight", "mask_threshold", "mask_steps", "outside_weight")
+        self.at_least(1, "attention_side", "self_attention_side", "mask_draws")
         if len(self.templates) > 1:
             raise UserError(f"{len(self.templates)} templates given, and masks are made with the words of one; give one")
 
@@ -98,7 +103,7 @@ class Crafting(AttentiveDenoising):
 
     def __init__(self, model: Model, weights: WordsAndWeights, method: AttenCraft, subjects: Sequence[Subject], pictures: Scenes) -> None:
         super().__init__(model, weights, Prompts(model.arch, method.cache, grad=True), method, subjects, pictures)
-        self.crafting, self.pictures, self.renewed = method, pictures, 0
+        self.crafting, self.pictures, self.renewed, self.outside_weight = method, pictures, 0, method.outside_weight
         self.made = [row for row, masks in enumerate(pictures.masks_of) if None in masks]  # pictures whose masks are not the user's
         for row in self.made:
             self._put(row, *self._first(row))
@@ -136,11 +141,12 @@ class Crafting(AttentiveDenoising):
         """Take these masks [k, h', w']. scores: how much each word is attended to at its own."""
         self.pictures.masks_of[row] = list(masks[:, None, None])
         if self.crafting.sampling == "reweighted" and len(scores) > 1:
-            *alone, together = dict.fromkeys(self.pictures.captions[row])
-            parts = [1 / score for score in scores]
-            times = [max(1, round(2 * TOGETHER * part / sum(parts))) for part in parts]
-            captions = [*self.pictures.captions]
-            captions[row] = (*(prompt for prompt, n in zip(alone, times, strict=True) for _ in range(n)), *[together] * TOGETHER)
+            parts = {subject: 1 / score for subject, score in zip(self.pictures.members[row], scores, strict=True)}
+            captions, chosen = [*self.pictures.captions], list[str]()
+            for prompt in dict.fromkeys(captions[row]):
+                one, *others = self.pictures.asked[prompt]
+                chosen += [prompt] * (TOGETHER if others else max(1, round(2 * TOGETHER * parts[one] / sum(parts.values()))))
+            captions[row] = tuple(chosen)
             self.pictures.captions = captions
 
     def _first(self, row: int) -> tuple[Tensor, list[float]]:
@@ -158,16 +164,19 @@ class Crafting(AttentiveDenoising):
             self._put(row, *found)
 
     def _found(self, row: int, *key: str | int) -> tuple[Tensor, list[float]] | None:
-        """Masks [k, h', w'] at the latent's places from one noise level, and how much their words are attended to there."""
+        """Masks [k, h', w'] at the latent's places from mask_draws noise levels, and how much their words are attended to there."""
         method, arch, subjects = self.crafting, self.arch, self.pictures.members[row]
         draw, latent = seeded("attencraft masks", method.seed, row, *key), self.pictures.encoded(row)[0]
-        t = torch.randint(int(CALM * arch.train_timesteps), (1,), generator=draw).to(latent.device)
-        noisy = arch.add_noise(latent, torch.randn(latent.shape, generator=draw).to(latent), t)
-        prompt = [*dict.fromkeys(self.pictures.captions[row])][-1]
+        prompt = self.pictures.whole(row)
         text, words = arch.encode([prompt]), own_words(arch, prompt, subjects)
         tokens = torch.cat([words, (torch.arange(words.shape[1], device=words.device) == 0)[None]])
-        belongs, looked = spread(arch, noisy, t, text, tokens, (method.attention_side, method.self_attention_side))
-        masks = apart(belongs, method.mask_threshold)
+        sides, rivals, found = (method.attention_side, method.self_attention_side), len(subjects) if method.mask_shares else 0, []
+        for _ in range(method.mask_draws):
+            t = torch.randint(int(CALM * arch.train_timesteps), (1,), generator=draw).to(latent.device)
+            noisy = arch.add_noise(latent, torch.randn(latent.shape, generator=draw).to(latent), t)
+            found.append(torch.stack(spread(arch, noisy, t, text, tokens, sides, rivals)))
+        belongs, looked = torch.stack(found).mean(0)
+        masks = apart(minmax(belongs.flatten(1)).view_as(belongs), method.mask_threshold)
         if masks is None:
             return None
         scores = (looked[:-1] * masks).flatten(1).sum(1) / masks.flatten(1).sum(1)

@@ -22,7 +22,7 @@ from toolkit.world.scenes import ASSETS
 from trainers.loop import Batch, LoopConfig, Objective
 from trainers.parameters import PARAMETERS, parameter_names
 from trainers.preservation import PRIOR, Preserving, Prior
-from trainers.scenes import AttentiveDenoising, Scenes
+from trainers.scenes import OUTSIDE, AttentiveDenoising, Scenes
 from trainers.subjects import Prompts, Samples
 from trainers.weights import FullWeights, WordsAndWeights
 
@@ -55,7 +55,7 @@ class BreakAScene(Preserving):
     Deviations
         The error is averaged over the mask, not over the whole picture, unless mask_normalization is image. Layers are those whose maps
         are nearest to attention_side. Words start from their class names; the official code starts from its placeholder's neighbours.
-        Several pictures may be given, and subjects that are in some of them only.
+        Several pictures may be given, and subjects that are in some of them only. outside_weight is ours.
     """
 
     parameters: Literal["none", "x", "x_strict", "u", "all"] = option("all", f"in the second part, {PARAMETERS}, or none")
@@ -64,6 +64,7 @@ class BreakAScene(Preserving):
     tuning_learning_rate: float = option(2e-6, "step size of words and weights after these")
     attention_weight: float = option(0.01, "weight of words being attended to where their subjects are")
     attention_side: int = option(16, "side of the attention maps that are compared with the masks")
+    outside_weight: float = option(0.0, OUTSIDE)
     prior: Prior = option("images", PRIOR)
     class_prompts: tuple[str, ...] = option(("a photo at the beach",), "what the model draws for it, in turn; empty: a photo of each class")
     max_train_steps: int = option(800, "optimizer steps")
@@ -74,7 +75,7 @@ class BreakAScene(Preserving):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(0, "words_steps", "attention_weight")
+        self.at_least(0, "words_steps", "attention_weight", "outside_weight")
         self.at_least(1, "attention_side")
         idle = self.parameters == "none" and not self.train_text_encoder
         if idle and self.words_steps < self.max_train_steps:
@@ -109,7 +110,7 @@ class Breaking(AttentiveDenoising):
 
     def __init__(self, model: Model, weights: WordsAndWeights, method: BreakAScene, subjects: Sequence[Subject], pictures: Scenes) -> None:
         super().__init__(model, weights, Prompts(model.arch, method.cache, grad=True), method, subjects, pictures)
-        self.breaking, self.pictures = method, pictures
+        self.breaking, self.pictures, self.outside_weight = method, pictures, method.outside_weight
 
     def optimizer(self, parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
         made = super().optimizer(list(self.module.rows.parameters()), config)

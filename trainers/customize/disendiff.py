@@ -73,6 +73,9 @@ class DisenDiff(WithKeysAndValues):
                 f"the class names {', '.join(names)} are not distinct, and this method tells subjects apart by them; give others"
             )
         pictures = Scenes(model.arch, subjects, self, self.templates or TEMPLATE, lambda count: [tuple(range(count))], named)
+        for prompt, shown in pictures.asked.items():
+            if bare := [named(subject) for subject in shown if named(subject) not in prompt]:
+                raise UserError(f"caption {prompt!r} has no {bare[0]!r}, and this method compares the two words; write the class name too")
         return Calibrating(model, weights, self, subjects, pictures)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from toolkit.concepts import CustomizeTask, Subject, Task
 from toolkit.errors import UserError
@@ -13,17 +13,16 @@ from toolkit.method import option
 from toolkit.prompt_search import TokenRows
 from toolkit.world.scenes import ASSETS
 from trainers.loop import Objective
+from trainers.parameters import LAYERS, Layers, layers_of
 from trainers.preservation import PreservedDenoising, Preserving
 from trainers.subjects import Photos, Prompts, named
-from trainers.weights import Layer, LoraWeights, Trainable, WordsAndWeights
+from trainers.weights import LoraWeights, Trainable, WordsAndWeights
 
 if TYPE_CHECKING:
-    from toolkit.arch.base import Architecture
     from toolkit.edits.base import Edit, EditInfo
     from toolkit.model import Model
 
 TEMPLATES = ("a photo of {}",)
-Layers = Literal["all", "attention", "cross_attention", "keys_and_values"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class DreamBoothLora(Preserving):
         error counts on the subject only.
     """
 
-    layers: Layers = option("attention", "what is adapted: all (with convolutions), attention, cross_attention, or its keys_and_values")
+    layers: Layers = option("attention", f"what is adapted: {LAYERS}")
     rank: int = option(4, "rank of the change of each layer")
     lora_alpha: float | None = option(None, "scale of the change is this divided by the rank; none is the rank")
     train_text_encoder: bool = option(False, "adapt the text encoders too")
@@ -82,7 +81,7 @@ class DreamBoothLora(Preserving):
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
         subjects = self.subjects(task)
         encoders = model.arch.encoder_lora_targets() if self.train_text_encoder else {}
-        targets = {**adapted(model.arch, self.layers), **encoders}
+        targets = {**layers_of(model.arch, self.layers), **encoders}
         lora = LoraWeights(targets, self.rank, alpha=self.lora_alpha, seed=self.seed)
         with ExitStack() as stack:
             weights: Trainable = lora
@@ -110,13 +109,3 @@ class DreamBoothLora(Preserving):
     def example_task(cls, model: Model) -> CustomizeTask:
         """One picture that the package ships: the embedded world's sprites."""
         return CustomizeTask((Subject("<toy>", "picture", (ASSETS / "atlas.webp",)),))
-
-
-def adapted(arch: Architecture, layers: Layers) -> Mapping[str, Layer]:
-    """The denoiser's layers that are adapted."""
-    if layers == "all":
-        return arch.denoiser_layers()
-    if layers == "keys_and_values":
-        return arch.text_linears()
-    cross = tuple(f"{site}." for site in arch.cross_attention_sites())
-    return {site: layer for site, layer in arch.lora_targets().items() if layers == "attention" or site.startswith(cross)}

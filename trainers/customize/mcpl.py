@@ -103,9 +103,7 @@ class MCPL(Learned):
         phrases = {one.token: f"{bound[one.token]} {one.token}" if one.token in bound else one.token for one in subjects}
         start = {subject.token: subject.class_name for subject in subjects}
         with TokenRows(model, start, vectors=self.num_vectors, seed=self.seed).unlisted() as rows:
-            pictures = Scenes(
-                model.arch, subjects, self, self.templates or TEMPLATES, together, lambda one: f"a {phrases[one.token]}", captioned=True
-            )
+            pictures = Scenes(model.arch, subjects, self, self.templates or TEMPLATES, together, lambda one: f"a {phrases[one.token]}")
             yield Discovering(rows, pictures, self, phrases), rows.edit
 
     def masked(self, subjects: Sequence[Subject]) -> bool:

@@ -23,7 +23,9 @@ from toolkit.world.scenes import ASSETS
 from trainers.customize.textual_inversion import TEMPLATES
 from trainers.image_features import CLIP, places_of
 from trainers.loop import Batch, Objective
-from trainers.subjects import Denoising, Learned, Photos, Prompts, Samples, named
+from trainers.parameters import LAYERS, Layers, layers_of
+from trainers.preservation import PreservedDenoising, Preserving
+from trainers.subjects import Photos, Prompts, Samples, named
 from trainers.weights import LoraWeights, Trainable
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MultiBooth(Learned):
+class MultiBooth(Preserving):
     """MultiBooth: Towards Generating All Your Concepts in an Image from Text, Zhu et al., arXiv 2404.14239, its learning of one concept.
 
     Equation
@@ -60,13 +62,16 @@ class MultiBooth(Learned):
         layer adds starts at zero: the word is its class's at first. It reads the class name by the model's own embeddings. v of several
         pictures is their mean: the paper keeps one embedding and does not say which. Of a class name of several tokens |c_l| is the
         mean of their norms. The keys and values of the cross-attention are adapted, which is where the paper writes of them and what a
-        region can hold; the paper's 7 MB for one subject have room for those of the self-attention too. One subject in a run: each
+        region can hold; the paper's 7 MB for one subject have room for those of the self-attention too. With other `layers`
+        more can be drawn, and no region holds it. The class is preserved if asked for (prior), which is not in the paper. One subject in a
+        run: each
         subject has a module of its own. The posterior's mean is encoded. Timesteps are stratified over the batch by default: each is
         still uniform. With masks the error counts on the subject only. A picture's own caption is used when it has one.
     """
 
     clip: str | None = option(None, f"CLIP {CLIP}")
-    rank: int = option(16, "rank of the change of each key and value layer")
+    layers: Layers = option("keys_and_values", f"what is adapted: {LAYERS}")
+    rank: int = option(16, "rank of the change of each layer")
     num_queries: int = option(16, "queries of the encoder, the mean of whose outputs is the word")
     query_layers: int = option(1, "layers of the encoder")
     norm_weight: float = option(0.01, "weight of the squared norm of the word before it is scaled to its class's")
@@ -80,6 +85,8 @@ class MultiBooth(Learned):
         super().__post_init__()
         self.at_least(1, "rank", "num_queries", "query_layers")
         self.at_least(0, "norm_weight")
+        if self.prior == "prediction":
+            raise UserError("prior is prediction, and the model before does not know the pictures' own words; give images or distillation")
 
     @contextmanager
     def objective(self, model: Model, task: Task) -> Iterator[tuple[Objective, Callable[[EditInfo], Edit]]]:
@@ -93,7 +100,7 @@ class MultiBooth(Learned):
         ]
         concept = SingleConcept(model, subject, places_of(model, pictures, self.clip), self)
         with concept.words.unlisted(model), concept:
-            yield Encoding(concept, pictures, Prompts(model.arch, self.cache, grad=True), self), concept.edit
+            yield Encoding(model, concept, self, subject, pictures), concept.edit
 
     @classmethod
     def example_task(cls, model: Model) -> CustomizeTask:
@@ -109,7 +116,7 @@ class SingleConcept(Trainable):
 
     def __init__(self, model: Model, subject: Subject, seen: Tensor, method: MultiBooth) -> None:
         super().__init__()
-        self.lora = LoraWeights(model.arch.text_linears(), method.rank, seed=method.seed)
+        self.lora = LoraWeights(layers_of(model.arch, method.layers), method.rank, seed=method.seed)
         self.encoders = nn.ModuleDict(
             {part: QueryEncoder(model, part, subject.class_name, seen, method) for part in model.arch.token_embeddings()}
         )
@@ -207,13 +214,13 @@ class QueryLayer(nn.Module):
         return both[:, :count], both[:, count:]
 
 
-class Encoding(Denoising):
+class Encoding(PreservedDenoising):
     """The denoiser's error at each picture's own word, and how long this is before it is scaled."""
 
     module: SingleConcept
 
-    def __init__(self, module: SingleConcept, pictures: Photos, text: Prompts, method: MultiBooth) -> None:
-        super().__init__(module, pictures, text, method)
+    def __init__(self, model: Model, module: SingleConcept, method: MultiBooth, subject: Subject, pictures: Photos) -> None:
+        super().__init__(model, module, Prompts(model.arch, method.cache, grad=True), method, (subject,), pictures)
         self.norm_weight = method.norm_weight
 
     def loss_of(self, samples: Samples, batch: Batch) -> tuple[Tensor, dict[str, float]]:
