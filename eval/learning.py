@@ -16,7 +16,7 @@ from toolkit.errors import UserError
 from toolkit.images import grid, save_png
 from toolkit.io.files import FILE_NAME
 from toolkit.method import Method, fit
-from toolkit.pictures import captions_of, masks_of, pictures
+from toolkit.pictures import captioned, masks_of, pictures
 from toolkit.runs import TrainingRun, check_writable, progress, timed, write_json
 from toolkit.sample import generate
 
@@ -108,7 +108,6 @@ def stopped(out: Path) -> tuple[Method, Subject, Trying, dict[str, Any]]:
     told, (subject,) = asked["trying"], asked["task"]["subjects"]
     trying = Trying(**{**told, "prompts": tuple(told["prompts"])})
     method = registry.load("method", asked["method"]).from_config(asked["config"])
-    images = pictures(out / "images")
+    images, captions = captioned(pictures(out / "images"), out / "images", subject["token"])
     masks = masks_of(images, out / "masks") if subject["masks"] else ()
-    captions = captions_of(images, out / "images")
     return method, Subject(subject["token"], subject["class_name"], images, masks, captions), trying, asked

@@ -31,20 +31,28 @@ def masks_of(images: Sequence[Path], folder: str | Path) -> tuple[Path, ...]:
     return tuple(by_name[image.stem] for image in images)
 
 
-def captions_of(images: Sequence[Path], folder: str | Path) -> tuple[str, ...]:
-    """The caption of every picture from the folder's metadata.jsonl, () when there is no such file.
+def captioned(images: Sequence[Path], folder: str | Path, token: str = "") -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Pictures with their captions from the folder's metadata.jsonl, which are () when there is no such file.
 
-    One JSON object a line with `file_name` and `text`, the layout that `datasets` calls imagefolder.
+    One JSON object a line with `file_name` and `text`, the layout that `datasets` calls imagefolder. A picture with several lines is there
+    once for each, or for each that has the token, where subjects share it.
     """
     path = Path(folder) / METADATA
     if not path.is_file():
-        return ()
+        return tuple(images), ()
+    texts: dict[str, list[str]] = {}
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        texts = {row["file_name"]: row["text"] for row in rows}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                row = json.loads(line)
+                texts.setdefault(row["file_name"], []).append(row["text"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path} ({error}); write one JSON object a line with file_name and text") from error
+    found: list[tuple[Path, str]] = []
     for image in images:
-        if image.name not in texts:
+        if not (own := texts.get(image.name, [])):
             raise UserError(f"no caption for {image.name} in {path}; add a line for it or remove the file")
-    return tuple(texts[image.name] for image in images)
+        if len(own) > 1 and not (own := [text for text in own if token in text]):
+            raise UserError(f"none of the captions for {image.name} in {path} names {token}; add a line that does")
+        found += [(image, text) for text in own]
+    return tuple(image for image, _ in found), tuple(text for _, text in found)

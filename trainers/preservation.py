@@ -16,7 +16,7 @@ from toolkit.arch.text import Text
 from toolkit.concepts import Subject
 from toolkit.errors import UserError
 from toolkit.method import option
-from toolkit.pictures import captions_of, pictures
+from toolkit.pictures import captioned, pictures
 from toolkit.prompt_search import TokenRows
 from trainers.loop import Batch, LoopConfig
 from trainers.photos import drawings
@@ -158,8 +158,7 @@ def class_pictures(model: Model, subjects: Sequence[Subject], method: Preserving
         return ClassPictures(
             model, list(islice(cycle(prompts), method.num_class_images * (1 if method.class_prompts else len(names)))), method
         )
-    files = pictures(method.class_images)
-    captions = captions_of(files, method.class_images)
+    files, captions = captioned(pictures(method.class_images), method.class_images)
     if not captions and len(names) > 1:
         raise UserError(f"class_images of {len(names)} classes have no captions; give a metadata.jsonl, or no class_images")
     prompts = captions or [CLASS.format(names[0])] * len(files)

@@ -14,6 +14,7 @@ from toolkit.attention import attention_maps, token_mask
 from toolkit.concepts import CustomizeTask, Subject
 from toolkit.edits.chain import Chain
 from toolkit.edits.delta import Delta
+from toolkit.edits.low_rank import LowRank
 from toolkit.edits.token import TokenEdit
 from toolkit.errors import UserError
 from toolkit.model import Model
@@ -124,6 +125,17 @@ def test_captions_say_which_subjects_of_a_picture_are_learnt(tiny: Model, task: 
         method.fit(tiny, CustomizeTask((replace(told[0], masks=one.masks + other.masks), told[1])))
     with pytest.raises(UserError, match=r"no caption of .* names <b>"):
         method.fit(tiny, CustomizeTask((replace(one, captions=("a <a>",)), other)))
+
+
+def test_layers_may_be_changed_at_a_low_rank(tiny: Model, task: CustomizeTask) -> None:
+    method = BreakAScene(**PLAIN, max_train_steps=3, words_steps=1, parameters="all", rank=2, num_vectors=2, tuning_learning_rate=1e-3)
+    edit: Any = method.fit(tiny, task)
+    words, change = edit.edits
+    assert [len(rows["text_encoder"]) for rows in words.tokens.values()] == [2, 2] and isinstance(change, LowRank)
+    every = {**tiny.arch.denoiser_layers(), **tiny.arch.encoder_lora_targets()}
+    assert set(change.sites()) == {f"{site}.weight" for site in every} and {len(down) for down in change.down.values()} == {2}
+    cross: Any = replace(method, parameters="x_strict", train_text_encoder=False).fit(tiny, task)
+    assert set(cross.edits[1].sites()) == {f"{site}.weight" for site in tiny.arch.text_linears()}
 
 
 def test_outside_the_masks_the_model_may_be_kept(tiny: Model, task: CustomizeTask) -> None:

@@ -1,5 +1,6 @@
 """Pictures as users have them: turned, transparent, not square, broken."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from toolkit.errors import UserError
 from toolkit.model import Model
-from toolkit.pictures import captions_of, masks_of, pictures
+from toolkit.pictures import captioned, masks_of, pictures
 from trainers.photos import load_masks, load_photos, to_latents
 
 RED, BLUE, WHITE = torch.tensor([1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.0, 1.0]), torch.ones(3)
@@ -114,14 +115,24 @@ def test_folders_give_pictures_masks_and_captions(tmp_path: Path) -> None:
     masks.mkdir()
     files = (halves(photos / "1.png"), halves(photos / "2.JPG", format="JPEG"))
     (photos / "notes.txt").write_text("")
-    assert pictures(photos) == files and captions_of(files, photos) == ()
+    assert pictures(photos) == files and captioned(files, photos) == (files, ())
     (photos / "metadata.jsonl").write_text('{"file_name": "2.JPG", "text": "a <toy>, red"}\n\n{"file_name": "1.png", "text": "<toy>"}\n')
-    assert captions_of(files, photos) == ("<toy>", "a <toy>, red")
+    assert captioned(files, photos) == (files, ("<toy>", "a <toy>, red"))
     given = (halves(masks / "1.webp"), halves(masks / "2.png"))
     assert masks_of(files, masks) == given
     given[1].unlink()
     with pytest.raises(UserError, match=r"no mask for 2\.JPG"):
         masks_of(files, masks)
+
+
+def test_a_picture_with_several_captions_is_there_for_each_with_the_token(tmp_path: Path) -> None:
+    files = (halves(tmp_path / "1.png"), halves(tmp_path / "2.png"))
+    rows = [("1.png", "a <toy>"), ("1.png", "a <toy> and a <pal>"), ("1.png", "a <pal>"), ("2.png", "two of them")]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows))
+    assert captioned(files, tmp_path, "<toy>") == ((files[0], files[0], files[1]), ("a <toy>", "a <toy> and a <pal>", "two of them"))
+    assert [text for text in captioned(files, tmp_path)[1]] == [text for _, text in rows]
+    with pytest.raises(UserError, match=r"none of the captions for 1\.png .* names <cat>"):
+        captioned(files, tmp_path, "<cat>")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +143,7 @@ def test_bad_captions_are_named(tmp_path: Path, written: str, message: str) -> N
     files = (halves(tmp_path / "1.png"), halves(tmp_path / "2.png"))
     (tmp_path / "metadata.jsonl").write_text(written)
     with pytest.raises(UserError, match=message):
-        captions_of(files, tmp_path)
+        captioned(files, tmp_path)
 
 
 def test_folders_without_pictures_are_told(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from toolkit.commands import add_fit_arguments, add_training_arguments, fit_and_save, open_method
 from toolkit.concepts import CustomizeTask, Subject
 from toolkit.errors import UserError
-from toolkit.pictures import captions_of, masks_of, pictures
+from toolkit.pictures import captioned, masks_of, pictures
 
 HELP = "fit an edit that teaches a model new subjects from pictures"
 
@@ -16,7 +16,7 @@ HELP = "fit an edit that teaches a model new subjects from pictures"
 def add_arguments(parser: ArgumentParser) -> None:
     add_fit_arguments(parser)
     add_training_arguments(parser)
-    help_images = "a folder of pictures per subject; captions in its metadata.jsonl are used"
+    help_images = "a folder of pictures per subject; captions in its metadata.jsonl are used, of several for a picture those with the token"
     help_class = "what each subject is, e.g. dog; methods that find subjects do without"
     parser.add_argument("--images", nargs="+", action="extend", required=True, metavar="DIR", help=help_images)
     parser.add_argument("--masks", nargs="+", action="extend", default=[], metavar="DIR", help="a folder of masks, named as the pictures")
@@ -43,7 +43,7 @@ def subjects(args: Namespace) -> tuple[Subject, ...]:
     made = []
     class_names = args.class_name or [""] * len(args.token)
     for index, (token, class_name, folder) in enumerate(zip(args.token, class_names, args.images, strict=True)):
-        images = pictures(folder)
+        images, captions = captioned(pictures(folder), folder, token)
         masks = masks_of(images, args.masks[index]) if args.masks else ()
-        made.append(Subject(token, class_name, images, masks, captions_of(images, folder)))
+        made.append(Subject(token, class_name, images, masks, captions))
     return tuple(made)

@@ -24,7 +24,7 @@ from trainers.parameters import PARAMETERS, parameter_names
 from trainers.preservation import PRIOR, Preserving, Prior
 from trainers.scenes import OUTSIDE, AttentiveDenoising, Scenes
 from trainers.subjects import Prompts, Samples
-from trainers.weights import FullWeights, WordsAndWeights
+from trainers.weights import FullWeights, LoraWeights, Trainable, WordsAndWeights
 
 if TYPE_CHECKING:
     from toolkit.edits.base import Edit, EditInfo
@@ -55,11 +55,14 @@ class BreakAScene(Preserving):
     Deviations
         The error is averaged over the mask, not over the whole picture, unless mask_normalization is image. Layers are those whose maps
         are nearest to attention_side. Words start from their class names; the official code starts from its placeholder's neighbours.
-        Several pictures may be given, and subjects that are in some of them only. outside_weight is ours.
+        Several pictures may be given, and subjects that are in some of them only. outside_weight, rank
+        and num_vectors are ours.
     """
 
     parameters: Literal["none", "x", "x_strict", "u", "all"] = option("all", f"in the second part, {PARAMETERS}, or none")
     train_text_encoder: bool = option(True, "train the text encoders too in the second part")
+    rank: int = option(0, "train low-rank changes of this rank instead of the weights themselves; 0: these")
+    num_vectors: int = option(1, "embedding vectors of each word")
     words_steps: int = option(400, "of the steps, from the first, those in which the words alone are trained")
     tuning_learning_rate: float = option(2e-6, "step size of words and weights after these")
     attention_weight: float = option(0.01, "weight of words being attended to where their subjects are")
@@ -76,7 +79,8 @@ class BreakAScene(Preserving):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(0, "words_steps", "attention_weight", "outside_weight")
-        self.at_least(1, "attention_side")
+        self.at_least(0, "rank")
+        self.at_least(1, "attention_side", "num_vectors")
         idle = self.parameters == "none" and not self.train_text_encoder
         if idle and self.words_steps < self.max_train_steps:
             raise UserError("parameters is none and train_text_encoder false, so words alone are trained; raise words_steps to that")
@@ -90,11 +94,18 @@ class BreakAScene(Preserving):
         names = parameter_names(model.arch, self.parameters) if self.parameters != "none" else []
         names += model.arch.encoder_parameters() if self.train_text_encoder else []
         start = {subject.token: subject.class_name for subject in subjects}
-        with TokenRows(model, start, seed=self.seed).unlisted() as rows:
+        with TokenRows(model, start, vectors=self.num_vectors, seed=self.seed).unlisted() as rows:
             pictures = Scenes(model.arch, subjects, self, self.templates or TEMPLATE, how_many_then_which)
-            weights = WordsAndWeights(rows, FullWeights(model, names if self.words_steps < self.max_train_steps else []))
+            weights = WordsAndWeights(rows, self.weights(model, names if self.words_steps < self.max_train_steps else []))
             with weights:
                 yield Breaking(model, weights, self, subjects, pictures), weights.edit
+
+    def weights(self, model: Model, names: Sequence[str]) -> Trainable:
+        """What is trained beside the words: these parameters, or low-rank changes of their layers."""
+        if not self.rank:
+            return FullWeights(model, names)
+        layers = {**model.arch.denoiser_layers(), **model.arch.encoder_lora_targets()}
+        return LoraWeights({site: layers[site] for site in layers if f"{site}.weight" in set(names)}, self.rank, seed=self.seed)
 
     @classmethod
     def example_task(cls, model: Model) -> CustomizeTask:
