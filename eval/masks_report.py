@@ -226,9 +226,8 @@ def measure(model: Model, n: int, seed: int, folder: Path) -> tuple[list[Line], 
 PAGE = """# Masks made of attention, measured
 
 Written by `python -m eval.masks_report` on the embedded model: {n} rendered pictures for each number of objects, in all styles and on
-all backgrounds (seed {seed}), none of which any option was chosen on. Known objects are those that the model is scored on; new objects it
-has never seen, and no option was chosen on them either. The masks are those before training; what a method draws is drawn anew for each
-picture.
+all backgrounds (seed {seed}), none of which any option was chosen on. Known objects are those that the model is scored on, new objects it
+has never seen. The masks are those before training; what a method draws is drawn anew for each picture.
 
 IoU is intersection over union, the mean over objects, an object that is missed counting 0; 95 % intervals, Wilson's for shares, for
 means by bootstrap over pictures. Masks are made at the places of a latent, {rows} × {columns} for {size} × {size} pixels, and used there
@@ -247,10 +246,10 @@ largest; those that are left over count in the number found.
 ## attencraft
 
 It is given pictures of two objects, side by side, and a class name for each: the object's own, or of a new object what it is nearest to
-among what the model knows, such as bird for penguin. Without captions its prompt is "{template}", a caption is such as
-"a <toy> on the left and a <pal> on the right on a blue background". An object's mask is its own word's. Where words are not told apart,
-which the method says, both count 0. Chosen options are `{chosen}`, chosen on other pictures of
-known objects and of objects called by another one's name, before captions were.
+among what the model knows, such as bird for penguin. Without captions its prompt is `{template}`, a caption is such as
+`a <toy> on the left and a <pal> on the right on a blue background`. An object's mask is its own word's. Where words are not told apart,
+which the method says, both count 0. Chosen options are `{chosen}`, chosen without captions on
+other pictures, of known objects and of objects called by another one's name; captions were tried on other pictures of new objects too.
 
 In the captions that the embedded model was trained on the left one of two comes first, and it reads prompts so, whatever places they name:
 the right one first says something wrong to it, and attention follows the prompt.
