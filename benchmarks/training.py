@@ -144,9 +144,17 @@ def timing(case: Case, device: str) -> Iterator[dict[str, float]]:
             found["memory"] = torch.cuda.max_memory_allocated() / 2**20
         else:
             found["seconds"] = statistics.median(later - earlier for earlier, later in pairwise(timed))
-            found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            found["memory"] = peak()
     finally:
         torch.Tensor.backward = own
+
+
+def peak() -> float:
+    """The largest resident size of this process, in MiB. What getrusage says is its parent's at least, which made a large model."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def run_script(case: Case, script: Path, model: Path, photos: Path, out: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,6 @@ from torch import Tensor
 
 from trainers.photos import load_masks, load_photos, to_latents
 from trainers.subjects import Photos, Seen
-
-if TYPE_CHECKING:
-    pass
 
 SMALLER = 2 / 3  # how often a picture is made smaller; else it is enlarged
 SMALL, LARGE = (1 / 3, 1.0), (1.2, 1.4)  # by how much
@@ -27,6 +24,9 @@ class Scaled(Photos):
     Smaller ones are pasted on black, where the error counts only inside of them, less a margin of one place of the latent; of larger
     ones a part is cut out. So they are encoded at each use, whatever the cache.
     """
+
+    def ready(self, rows: Sequence[int]) -> None:
+        """Nothing: each is another size every time."""
 
     def at(self, row: int, prompt: str, draw: torch.Generator) -> Seen:
         factor, (high, wide) = _factor(draw), self.sizes[row]

@@ -109,11 +109,15 @@ class Pool(ABC):
         """A part of a step's batch: pictures of one size, each as often as the others up to one; everything is keyed by the step."""
         (draw, chosen, prompts), own = self._chosen(key, method, batch), list(batch.places(method.train_batch_size))
         keys = [(f"{key} picture", method.seed, batch.step, place) for place in own]
+        self.ready([chosen[i] for i in own])
         seen = [self.at(chosen[i], prompts[i], seeded(*of)) for i, of in zip(own, keys, strict=True)]
         latents, weights = torch.cat([one.latent for one in seen]), torch.cat([one.weight for one in seen])
         noise = torch.randn((len(chosen), *latents.shape[1:]), generator=draw)[own].to(latents)
         t = timesteps(method.timestep_sampling, len(chosen), self.arch.train_timesteps, draw)[own].to(latents.device)
         return Samples([chosen[i] for i in own], [one.prompt for one in seen], latents, weights, noise, t)
+
+    def ready(self, rows: Sequence[int]) -> None:
+        """What is to be done at once for the pictures of a step, before `at` is asked for each. Default: nothing."""
 
     def captions_of_step(self, key: str, method: Learned, batch: Batch) -> list[str]:
         """The captions that `draw` draws for all samples of a step, of which the batch is a part."""
@@ -161,8 +165,8 @@ class Photos(Pool):
         super().__init__(arch, [str(path) for path in paths], captions, sizes)
         self.paths, self.masks, self.method = paths, masks, method
         self._encoder = image_fingerprint(arch) if method.cache == "disk" else ""
-        read = [self._read(row) for row in range(len(paths))]  # also without a cache: what is wrong with a picture is said at once
-        self._kept = read if method.cache != "no" else []
+        read = {row: self._read(row) for row in range(len(paths))}  # also without a cache: what is wrong with a picture is said at once
+        self._kept = read if method.cache != "no" else {}
 
     @classmethod
     def of(
@@ -185,7 +189,13 @@ class Photos(Pool):
 
     def encoded(self, row: int) -> tuple[Tensor, Tensor]:
         """A picture's latent [1, c, h', w'], and what the error counts at each place by its own mask [1, 1, h', w']."""
-        return self._kept[row] if self._kept else self._read(row)
+        return self._kept[row] if row in self._kept else self._read(row)
+
+    def ready(self, rows: Sequence[int]) -> None:
+        if self.method.cache == "no":
+            distinct = list(dict.fromkeys(rows))
+            latents = to_latents(self.arch, load_photos([self.paths[row] for row in distinct], self.sizes[distinct[0]]))
+            self._kept = {row: self._weighted(row, latent[None]) for row, latent in zip(distinct, latents, strict=True)}
 
     def _read(self, row: int) -> tuple[Tensor, Tensor]:
         path, size = self.paths[row], self.sizes[row]
@@ -198,7 +208,11 @@ class Photos(Pool):
             latent = cached("latents", key, lambda: {"latent": encoded()})["latent"].to(self.arch.device)
         else:
             latent = encoded()
-        mask = self.masks[row]
+        return self._weighted(row, latent)
+
+    def _weighted(self, row: int, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """A picture's latent, and what the error counts at each place by its own mask."""
+        path, size, mask = self.paths[row], self.sizes[row], self.masks[row]
         if mask is None:
             return latent, torch.ones_like(latent[:, :1])
         weight = F.interpolate(load_masks([mask], [path], size), latent.shape[-2:], mode="area").to(latent)

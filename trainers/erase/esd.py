@@ -46,7 +46,8 @@ class ESD(Steered):
     Deviations
         The official code starts a new drawing for every step, and asks the frozen model again where that arrives. Here `trajectories`
         drawings are made once and each of their steps is a sample, with the predictions that the sampler made there: training takes
-        one forward and one backward pass. The samples are less independent; more trajectories make them more so. The sampler is
+        one forward and one backward pass. The samples are less independent; more trajectories make them more so; 24 are chosen
+        by us. The sampler is
         the family's own solver instead of DDIM. Every template around every word of the concept is trained, where the official code
         trains the bare name. What the task preserves counts by `preserve_weight` alone, with || e_theta(x_t, k, t) - e*(x_t, k, t) ||^2
         on drawings of the preserved prompts, which neither paper nor code has; with its default of 0 it has no effect. AdamW with

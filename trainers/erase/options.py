@@ -43,7 +43,7 @@ def drawing_options(method: Draws, model: Model) -> dict[str, Any]:
 class TrainedOnDrawings(TrainedEraser, ABC):
     """Base of those that train on what the frozen model draws of prompts."""
 
-    trajectories: int = option(32, "drawings of the frozen model whose steps are trained on")
+    trajectories: int = option(24, "drawings of the frozen model whose steps are trained on")
     sampling_steps: int = option(50, "steps of each of them")
     guidance: float = option(3.0, "guidance scale of the drawings")
 
