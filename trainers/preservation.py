@@ -145,9 +145,13 @@ class PreservedDenoising(Denoising):
 
     def _moved(self, output: Tensor, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """How far an output is from that of the model before: the mean square."""
-        with self.module.off(), torch.no_grad():
-            before = self.arch.predict(noisy, t, self.before(prompts))
-        return F.mse_loss(output, before)
+        return F.mse_loss(output, self.said_before(noisy, t, prompts))
+
+    @torch.no_grad()
+    def said_before(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What the model predicts without what is trained."""
+        with self.module.off():
+            return self.arch.predict(noisy, t, self.before(prompts))
 
 
 def class_pictures(model: Model, subjects: Sequence[Subject], method: Preserving) -> Pool:

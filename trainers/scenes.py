@@ -158,8 +158,7 @@ class AttentiveDenoising(Attentive, PreservedDenoising):
     def moved_outside(self, samples: Samples, output: Tensor) -> Tensor:
         """How far an output is from that of the model before, where no subject of the sample is: the mean square."""
         prompts = [without_token(prompt, self.subjects) for prompt in samples.prompts]
-        with self.module.off(), torch.no_grad():
-            before = self.arch.predict(self.noisy(samples), samples.t, self.before(prompts))
+        before = self.said_before(self.noisy(samples), samples.t, prompts)
         outside = 1 - samples.weights / samples.weights.amax((1, 2, 3), keepdim=True)
         return (outside * (output - before).square()).sum() / (outside.sum() * output.shape[1]).clamp(min=1)
 
