@@ -57,7 +57,11 @@ def straight(here: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
     """What one undisturbed process measures."""
     folder = tmp_path_factory.mktemp("straight")
     here(*words(folder, "out"))
-    return results(folder / "out")
+    measured = results(folder / "out")
+    for held in measured.values():
+        if "drift" in held:  # rounded; how images were batched decides on which side of a digit a value falls
+            held["drift"] = pytest.approx(held["drift"], abs=2e-6)
+    return measured
 
 
 def test_two_processes_measure_what_one_does_and_nothing_twice(straight: dict[str, Any], tmp_path: Path) -> None:
