@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import hooks
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -68,6 +69,14 @@ def test_tokens_go_where_inputs_go(arch: SD, monkeypatch: pytest.MonkeyPatch) ->
     """Not where the encoder is, which one that is offloaded leaves."""
     monkeypatch.setattr(SD, "device", torch.device("meta"))
     assert arch.tokenize(["a cat"], "text_encoder")[0].device.type == "meta"
+
+
+def test_the_device_is_the_pipelines_also_of_offloaded_parts() -> None:
+    arch = SD.tiny()
+    assert arch.device == arch.pipe._execution_device == torch.device("cpu")
+    for part in arch.components().values():
+        hooks.add_hook_to_module(part, hooks.AlignDevicesHook(execution_device="meta"))
+    assert arch.device == arch.pipe._execution_device == torch.device("meta")
 
 
 def test_encode_keeps_the_graph_on_demand(arch: SD) -> None:

@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from toolkit.arch.text import Segment, Stream, Text
 from toolkit.errors import UserError
 
+OFFLOADED = ("_hf_hook", "_diffusers_hook")  # what accelerate and diffusers leave at a part that moves while it is in use
+
 
 class Architecture(ABC):
     """One loaded model of one family. Everything that says how the family is built is in its subclass.
@@ -309,8 +311,14 @@ class Architecture(ABC):
     @property
     def device(self) -> torch.device:
         """Where inputs go: where the parts are, or the accelerator that offloaded parts visit in turn."""
+        parts = self.components().values()
         if self.unread:  # the parts that are left in their files are nowhere
-            return next(value.device for part in self.components().values() for value in part.parameters() if not value.is_meta)
+            return next(value.device for part in parts for value in part.parameters() if not value.is_meta)
+        places = {next(part.parameters()).device for part in parts}
+        if len(places) == 1 and not any(hasattr(part, hook) for part in parts for hook in OFFLOADED):
+            (place,) = places
+            if place.type != "meta":
+                return place  # diffusers' answer asks every module, which in a small model is a tenth of a training step
         return self.pipe._execution_device
 
     @property
