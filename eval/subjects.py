@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from toolkit.concepts import CustomizeTask, Subject
+from toolkit.cut_outs import with_cut_outs
 from toolkit.images import save_png
 from toolkit.options import Configured, option
 from toolkit.pictures import METADATA
@@ -31,6 +32,11 @@ class Given(Configured):
     masks: bool = option(False, "for each picture and subject a mask, the true one")
     class_after: bool = option(False, "put the class name after the word, in captions and when it is asked")
     world: bool = option(False, "everything else that the embedded model draws, to be kept")
+    cut_outs: int = option(0, "more pictures, of the subjects cut out by their true masks; their captions are of each alone and of both")
+
+    def __repr__(self) -> str:
+        """What is not as usual: results are named by this, and a new option leaves the names of others' as they are."""
+        return f"Given({', '.join(f'{name}={getattr(self, name)!r}' for name in self.changed())})"
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,12 @@ class Lesson:
         rows = [{"file_name": image.name, "text": text} for image, text in zip(images, captions, strict=False)]
         if rows:
             write_atomic(folder / METADATA, "".join(json.dumps(row) + "\n" for row in rows))
-        return CustomizeTask(tuple(self._subject(one, tuple(images), tuple(masks[one.name]), captions) for one in self.subjects))
+        task = CustomizeTask(tuple(self._subject(one, tuple(images), tuple(masks[one.name]), captions) for one in self.subjects))
+        if not self.given.cut_outs:
+            return task
+        words = dict(zip((one.token for one in self.subjects), self.words, strict=True))
+        backgrounds = [background for background, _ in PICTURES]
+        return with_cut_outs(task, folder / "cut-outs", self.given.cut_outs, backgrounds=backgrounds, word=lambda one: words[one.token])
 
     def _subject(self, one: Portrait, images: tuple[Path, ...], masks: tuple[Path, ...], captions: tuple[str, ...]) -> Subject:
         """One of them; with captions of it alone every picture is there twice."""

@@ -16,6 +16,7 @@ from tabs.base import App
 from tabs.shelf import Shelf
 from toolkit.errors import UserError
 from toolkit.images import save_png
+from toolkit.pictures import open_photo
 from toolkit.uploads import check_image
 
 if TYPE_CHECKING:
@@ -171,8 +172,6 @@ def captioned(number: int) -> str:
 
 def opened(path: Path) -> Image.Image:
     """A picture, upright; one that is damaged is a UserError."""
-    from trainers.photos import open_photo
-
     return open_photo(path)
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image, ImageOps, UnidentifiedImageError
+
 from toolkit.errors import UserError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -56,3 +58,25 @@ def captioned(images: Sequence[Path], folder: str | Path, token: str = "") -> tu
             raise UserError(f"none of the captions for {image.name} in {path} names {token}; add a line that does")
         found += [(image, text) for text in own]
     return tuple(image for image, _ in found), tuple(text for _, text in found)
+
+
+def open_photo(path: Path) -> Image.Image:
+    """One picture as RGB, turned as EXIF says, transparency over white."""
+    if not Path(path).is_file():
+        raise UserError(f"no picture file {path}; give files, for a folder toolkit.pictures.pictures(folder)")
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read picture {path} ({error}); give a complete PNG, JPEG or WebP file") from error
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def open_mask(path: Path, image: Path, size: tuple[int, int]) -> Image.Image:
+    """A mask in gray. One of another size than its picture, whose (width, height) is given, is a UserError."""
+    mask = open_photo(path).convert("L")
+    if mask.size != size:
+        given, needed = "x".join(map(str, mask.size)), "x".join(map(str, size))
+        raise UserError(f"mask {path} is {given}, its picture {image} is {needed}; give a mask of the picture's size")
+    return mask

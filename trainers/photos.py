@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from toolkit.errors import UserError
+from toolkit.pictures import open_mask, open_photo
 from toolkit.runs import progress
 from toolkit.sample import trajectory
 
@@ -52,28 +53,12 @@ def load_masks(paths: Sequence[Path], images: Sequence[Path], size: Size) -> Ten
     """
     masks = []
     for path, image in zip(paths, images, strict=True):
-        mask, picture = open_photo(path).convert("L"), open_photo(image)
-        if mask.size != picture.size:
-            given, needed = "x".join(map(str, mask.size)), "x".join(map(str, picture.size))
-            raise UserError(f"mask {path} is {given}, its picture {image} is {needed}; give a mask of the picture's size")
+        mask = open_mask(path, image, open_photo(image).size)
         cut = np.array(ImageOps.fit(mask, _wide_and_high(size), Image.Resampling.BOX))
         if not cut.any():
             raise UserError(f"mask {path} is black everywhere in the part of {image} that is used; paint the subject white")
         masks.append(torch.from_numpy(cut)[None])
     return torch.stack(masks) / 255
-
-
-def open_photo(path: Path) -> Image.Image:
-    """One picture as RGB, turned as EXIF says, transparency over white."""
-    if not Path(path).is_file():
-        raise UserError(f"no picture file {path}; give files, for a folder toolkit.pictures.pictures(folder)")
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read picture {path} ({error}); give a complete PNG, JPEG or WebP file") from error
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def drawings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 from toolkit.commands import add_fit_arguments, add_training_arguments, fit_and_save, open_method
@@ -20,6 +21,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     help_class = "what each subject is, e.g. dog; methods that find subjects do without"
     parser.add_argument("--images", nargs="+", action="extend", required=True, metavar="DIR", help=help_images)
     parser.add_argument("--masks", nargs="+", action="extend", default=[], metavar="DIR", help="a folder of masks, named as the pictures")
+    help_cut = "train on N more pictures, of the subjects cut out by their masks and put elsewhere on plain backgrounds"
+    parser.add_argument("--cut-outs", type=int, default=0, metavar="N", help=help_cut)
     parser.add_argument("--class-name", nargs="+", action="extend", default=[], metavar="N", help=help_class)
     help_world = "keep everything that the embedded model draws as it is, by prior distillation"
     parser.add_argument("--preserve-world", action="store_true", help=help_world)
@@ -27,11 +30,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> dict[str, Any]:
-    """Writes edit.safetensors, config.json and result.json. Gives `edit`, `method`, `config`, the cost and `edit_bytes`."""
+    """Writes edit.safetensors, config.json and result.json, and cut-outs/ if asked for. Gives `edit`, `method`, `config`, the cost and
+    `edit_bytes`."""
+    from toolkit.cut_outs import with_cut_outs
     from toolkit.runs import check_writable
 
     method = open_method("customize", args.method, args.set, keep_world=args.preserve_world)
     task = CustomizeTask(subjects(args))
+    if args.cut_outs:
+        task = with_cut_outs(task, Path(args.out) / "cut-outs", args.cut_outs)
     return fit_and_save(args, method, task, check_writable(args.out))
 
 
