@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ class Given(Configured):
     masks: bool = option(False, "for each picture and subject a mask, the true one")
     class_after: bool = option(False, "put the class name after the word, in captions and when it is asked")
     world: bool = option(False, "everything else that the embedded model draws, to be kept")
-    cut_outs: int = option(0, "more pictures, of the subjects cut out by their true masks; their captions are of each alone and of both")
+    cut_outs: int = option(0, "more pictures, of the subjects cut out by their true masks")
 
     def __repr__(self) -> str:
         """What is not as usual: results are named by this, and a new option leaves the names of others' as they are."""
@@ -91,7 +91,7 @@ class Lesson:
         for index, scene in enumerate(self.pictures):
             pixels, covers = world.render(scene, np.random.default_rng(index))
             images.append(save_png(Image.fromarray(pixels), folder / f"{index}.png"))
-            for (_, name), cover in zip(scene.items, covers, strict=True) if self.given.masks else ():
+            for (_, name), cover in zip(scene.items, covers, strict=True) if self.given.masks or self.given.cut_outs else ():
                 masks[name].append(save_png(Image.fromarray(cover), check_writable(folder / "masks" / name) / f"{index}.png"))
         captions = tuple(map(self.caption, self.pictures)) if self.given.captions else ()
         rows = [{"file_name": image.name, "text": text} for image, text in zip(images, captions, strict=False)]
@@ -101,8 +101,15 @@ class Lesson:
         if not self.given.cut_outs:
             return task
         words = dict(zip((one.token for one in self.subjects), self.words, strict=True))
-        backgrounds = [background for background, _ in PICTURES]
-        return with_cut_outs(task, folder / "cut-outs", self.given.cut_outs, backgrounds=backgrounds, word=lambda one: words[one.token])
+        task = with_cut_outs(
+            task,
+            folder / "cut-outs",
+            self.given.cut_outs,
+            backgrounds=[background for background, _ in PICTURES],
+            word=lambda one: words[one.token],
+            each=self.given.each,
+        )
+        return task if self.given.masks else CustomizeTask(tuple(replace(one, masks=()) for one in task.subjects))
 
     def _subject(self, one: Portrait, images: tuple[Path, ...], masks: tuple[Path, ...], captions: tuple[str, ...]) -> Subject:
         """One of them; with captions of it alone every picture is there twice."""

@@ -49,21 +49,23 @@ def with_cut_outs(
     *,
     backgrounds: Sequence[str] = tuple(BACKGROUNDS),
     word: Callable[[Subject], str] = lambda subject: subject.token,
+    each: bool = True,
     seed: int = 0,
 ) -> CustomizeTask:
     """The task with `count` more pictures, squares that are written into a folder with their masks and a metadata.jsonl.
 
     Of several subjects every other picture shows all of them (of more than four, some four), the rest one each in turn. Where, on which of
     `backgrounds` (names of `BACKGROUNDS`) and out of which picture the seed decides; a cut-out is at most `LARGEST` of the side.
-    Captions say every subject by `word`, its place and the background; a picture of several has one of each subject alone besides.
-    Pictures of the task without captions get such captions of "a photo of". No masks is a UserError.
+    Captions say every subject by `word`, its place and the background; with `each` a picture of several has one of each subject alone
+    besides, which is for methods that learn a subject where its mask is. Pictures of the task without captions get such captions of "a
+    photo of". No masks is a UserError.
     """
     if count < 1:
         raise UserError(f"{count} cut-outs asked for, needs at least 1; give such a number")
     for subject in task.subjects:
         if not subject.masks:
             raise UserError(f"no masks given for {subject.token}, by which it is to be cut out; give one for each image, or no cut-outs")
-    rng, rows = np.random.default_rng(seed), {subject: _given(subject, task.subjects, word) for subject in task.subjects}
+    rng, rows = np.random.default_rng(seed), {subject: _given(subject, task.subjects, word, each) for subject in task.subjects}
     colours, arrangements = _shuffled(rng, backgrounds), _arranged(rng, task.subjects)
     said: dict[tuple[str, str], None] = {}
     for number in range(count):
@@ -73,22 +75,27 @@ def with_cut_outs(
         parts = {subject: f"a {word(subject)} {place}" for subject, place in shown.items()}
         for (subject, alone), mask in zip(parts.items(), masks, strict=True):
             path = save_png(mask, check_writable(folder / "masks" / subject.token.strip("<>")) / image.name)
-            for text in dict.fromkeys((alone, " and ".join(parts.values()))):
+            for text in _distinct(alone, " and ".join(parts.values()), each):
                 rows[subject].append(Row(image, path, f"{text} on a {background} background"))
                 said[image.name, rows[subject][-1].caption] = None
     write_atomic(folder / METADATA, "".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in said))
     return CustomizeTask(tuple(_taught(subject, own) for subject, own in rows.items()))
 
 
-def _given(subject: Subject, subjects: Sequence[Subject], word: Callable[[Subject], str]) -> list[Row]:
+def _given(subject: Subject, subjects: Sequence[Subject], word: Callable[[Subject], str], each: bool) -> list[Row]:
     """A subject's own pictures. Those without captions are said to be photos of it, and of it with the others that are in them."""
     if subject.captions:
         return [Row(*row) for row in zip(subject.images, subject.masks, subject.captions, strict=True)]
     rows: list[Row] = []
     for image, mask in zip(subject.images, subject.masks, strict=True):
         together = " and ".join(word(one) for one in subjects if image in one.images)
-        rows += [Row(image, mask, f"a photo of {text}") for text in dict.fromkeys((word(subject), together))]
+        rows += [Row(image, mask, f"a photo of {text}") for text in _distinct(word(subject), together, each)]
     return rows
+
+
+def _distinct(alone: str, together: str, each: bool) -> list[str]:
+    """What is said of a picture: of all subjects in it, and of one alone first, where that is asked for and not the same."""
+    return list(dict.fromkeys((alone, together))) if each else [together]
 
 
 def _taught(subject: Subject, rows: Sequence[Row]) -> Subject:
@@ -112,7 +119,7 @@ def _cut(subject: Subject, rng: np.random.Generator) -> tuple[Image.Image, float
     number = int(rng.integers(len(subject.images)))
     picture = open_photo(subject.images[number])
     mask = open_mask(subject.masks[number], subject.images[number], picture.size)
-    box = mask.point(lambda level: 255 * (level > 127)).getbbox()
+    box = mask.point([0] * 128 + [255] * 128).getbbox()
     if box is None:
         raise UserError(f"mask {subject.masks[number]} is black everywhere; paint the subject white")
     picture.putalpha(mask)

@@ -69,6 +69,15 @@ def test_all_arrangements_take_turns(task: CustomizeTask, tmp_path: Path) -> Non
     assert toy.captions[:2] == ("a photo of <toy> thing", "a photo of <toy> thing and <pal> thing")
 
 
+def test_captions_of_one_alone_are_left_out_on_demand(task: CustomizeTask, tmp_path: Path) -> None:
+    toy = with_cut_outs(task, tmp_path / "out", 4, each=False).subjects[0]
+    assert len(set(toy.images)) == len(toy.images) and toy.captions[0] == "a photo of <toy> and <pal>"
+    assert all(
+        ("<pal>" in text) == (path in with_cut_outs(task, tmp_path / "out", 4).subjects[1].images)
+        for path, text in zip(toy.images, toy.captions, strict=True)
+    )
+
+
 def test_the_folder_says_what_is_in_it(task: CustomizeTask, tmp_path: Path) -> None:
     made = with_cut_outs(task, tmp_path / "out", 6)
     for subject in made.subjects:
