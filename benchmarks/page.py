@@ -16,3 +16,8 @@ def write_section(page: Path, section: str) -> None:
     old = [part.startswith(heading + "\n") for part in parts]
     parts = [new if is_old else part for part, is_old in zip(parts, old, strict=True)] + ([] if any(old) else [new])
     write_atomic(page, "\n".join(parts))
+
+
+def in_turns(count: int) -> str:
+    """How often a number was measured, in words."""
+    return "in one turn" if count == 1 else f"the median of {count} turns"

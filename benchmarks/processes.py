@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import write_section
+from benchmarks.page import in_turns, write_section
 from toolkit.world.scenes import load_world
 
 BAR = 1.6
@@ -36,7 +36,7 @@ objects = {objects}
 SECTION = """## Processes
 
 Made by `python -m benchmarks.processes` on {cores} cores: `palimpsest bench` on two closed forms for {objects} objects, one thread for each
-process, from the command to the report; the medians of {turns} turns.
+process, from the command to the report, {turns}.
 
 | | seconds |
 |---|---|
@@ -71,7 +71,7 @@ def main() -> None:
     section = SECTION.format(
         cores=os.cpu_count(),
         objects=args.objects,
-        turns=args.turns,
+        turns=in_turns(args.turns),
         one=one,
         two=two,
         ratio=one / two,

@@ -42,7 +42,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.page import write_section
+from benchmarks.page import in_turns, write_section
 from eval.subjects import subject
 from toolkit.arch.sd import SD, tiny_tokenizer
 from toolkit.concepts import Concept, CustomizeTask, EraseTask, Subject
@@ -316,7 +316,7 @@ def section(rows: list[str], erasing: tuple[float, float] | None, turns: int, de
             "",
             f"Made by `python -m benchmarks.training --examples DIFFUSERS/examples --device cuda` on one {torch.cuda.get_device_name()},",
             f"PyTorch {torch.__version__}. Seconds of a step: the mean of all timed ones, the GPU having done its work before the first",
-            f"and after the last, {'in one turn' if turns == 1 else f'the median of {turns} turns'}. The denoiser alone is its prediction",
+            f"and after the last, {in_turns(turns)}. The denoiser alone is its prediction",
             "and backward pass with what is trained in place, in our precision; its part of our step is to be 0.9 at least. In precision",
             "bf16 ours computes under autocast, with weights in float32 unless a row says otherwise; the scripts round what is not",
             "trained, and in textual inversion run the denoiser without autocast. They encode each picture anew in every step; without",
@@ -328,7 +328,7 @@ def section(rows: list[str], erasing: tuple[float, float] | None, turns: int, de
             "## Training",
             "",
             "Made by `python -m benchmarks.training --examples DIFFUSERS/examples`, in float32,",
-            f"threads: {torch.get_num_threads()}. Seconds of a step, the median of {turns} turns. The denoiser alone is its prediction",
+            f"threads: {torch.get_num_threads()}. Seconds of a step, {in_turns(turns)}. The denoiser alone is its prediction",
             "and backward pass with what is trained in place; its part of our step is to be 0.9 at least. The scripts are diffusers' own,",
             "which encode each picture anew in every step; without caches ours is to be no slower. Memory is the peak of the process,",
             "which is to be no higher than the script's.",
