@@ -33,6 +33,7 @@ class Method(Configured, ABC):
     kind: ClassVar[Literal["erase", "customize", "merge", "debias"]]
     architectures: ClassVar[tuple[str, ...]]
     paper: ClassVar[str]
+    class_after: ClassVar[bool] = False  # whether captions must name a subject by its word and its class name
     training_free: ClassVar[bool]
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from toolkit.arch.sd import SD
+from toolkit.cli import main
 from toolkit.concepts import CustomizeTask, Subject
 from toolkit.cut_outs import LARGEST, with_cut_outs
 from toolkit.errors import UserError
+from toolkit.model import Model
 from toolkit.pictures import captioned, masks_of, pictures
 from toolkit.world.scenes import BACKGROUNDS
 
@@ -105,6 +109,23 @@ def test_what_is_large_is_made_smaller(task: CustomizeTask, tmp_path: Path) -> N
     assert inside.any(1).sum() == pytest.approx(LARGEST * len(inside), abs=1) and inside.any(0).sum() == pytest.approx(
         inside.any(1).sum() * 100 / 120, abs=1
     )
+
+
+@pytest.mark.parametrize(("method", "said", "count"), [("disendiff", "<toy> thing", 1 + 2 + 1), ("attencraft", "<toy>", 2 + 2 * 2 + 1)])
+def test_customize_trains_on_them(method: str, said: str, count: int, task: CustomizeTask, tmp_path: Path) -> None:
+    """With four, of which two show both and one shows the toy alone; a method that learns each where its mask is has captions of each."""
+    model = Model(SD.tiny()).save(tmp_path / "model")
+    scene, words = str(tmp_path / "scene"), ["--method", method, "--model", str(model), "--token", *BOXES, "--class-name", "thing", "stuff"]
+    masks = [tmp_path / "masks" / str(i) for i in range(2)]
+    for subject, mask in zip(task.subjects, masks, strict=True):
+        for source, folder in ((subject.images[0], Path(scene)), (subject.masks[0], mask)):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "0.png").write_bytes(source.read_bytes())
+    quick = ["--set", "max_train_steps=1", "train_batch_size=1", "prior=none"]
+    given = ["--images", scene, scene, "--masks", *map(str, masks), "--cut-outs", "4", "--out", str(tmp_path / "out")]
+    assert main(["customize", *words, *given, *quick]) == 0
+    toy = json.loads((tmp_path / "out" / "config.json").read_text())["task"]["subjects"][0]
+    assert len(toy["images"]) == count and all(said in caption for caption in toy["captions"])
 
 
 def test_what_cannot_be_cut_out_is_an_error(task: CustomizeTask, tmp_path: Path) -> None:

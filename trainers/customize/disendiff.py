@@ -59,6 +59,7 @@ class DisenDiff(WithKeysAndValues):
     gradient_accumulation_steps: int = option(4, "such batches in a step, one after the other")
     learning_rate: float = option(8e-5, "step size")
 
+    class_after: ClassVar = True
     paper: ClassVar = "arXiv:2403.18551"
 
     def __post_init__(self) -> None:
