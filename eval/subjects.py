@@ -100,15 +100,8 @@ class Lesson:
         task = CustomizeTask(tuple(self._subject(one, tuple(images), tuple(masks[one.name]), captions) for one in self.subjects))
         if not self.given.cut_outs:
             return task
-        words = dict(zip((one.token for one in self.subjects), self.words, strict=True))
-        task = with_cut_outs(
-            task,
-            folder / "cut-outs",
-            self.given.cut_outs,
-            backgrounds=[background for background, _ in PICTURES],
-            word=lambda one: words[one.token],
-            each=self.given.each,
-        )
+        colours, given = [background for background, _ in PICTURES], self.given
+        task = with_cut_outs(task, folder / "cut-outs", given.cut_outs, backgrounds=colours, class_after=given.class_after, each=given.each)
         return task if self.given.masks else CustomizeTask(tuple(replace(one, masks=()) for one in task.subjects))
 
     def _subject(self, one: Portrait, images: tuple[Path, ...], masks: tuple[Path, ...], captions: tuple[str, ...]) -> Subject:

@@ -109,7 +109,7 @@ class GivenPictures:
             return gr.Gallery([], visible=False), []
         with live.told():
             paths, side = given(self.app, photos), self.app.shelf.model.arch.image_size
-            cut = [square(opened(path), side) for path in paths]
+            cut = [square(open_photo(path), side) for path in paths]
             return gr.Gallery(cut, visible=True, columns=min(max(len(cut), 3), 8), selected_index=None), gr.skip()
 
     def _choose(self, event: gr.SelectData, photos: Any) -> tuple[int, Any]:
@@ -118,7 +118,7 @@ class GivenPictures:
 
     def _open(self, photos: Any, which: Any) -> Any:
         with live.told():
-            return square(opened(self._one(photos, which)), SIDE)
+            return square(open_photo(self._one(photos, which)), SIDE)
 
     def _mask(self, photos: Any, which: Any, canvas: Any, masks: Any) -> Any:
         with live.told():
@@ -168,11 +168,6 @@ def numbered(app: App, masks: Any, count: int) -> dict[int, Path]:
 
 def captioned(number: int) -> str:
     return f"of picture {number}"
-
-
-def opened(path: Path) -> Image.Image:
-    """A picture, upright; one that is damaged is a UserError."""
-    return open_photo(path)
 
 
 def square(picture: Image.Image, side: int) -> Image.Image:

@@ -100,6 +100,11 @@ class Subject:
                 raise UserError(f"caption {caption!r} does not contain {self.token}; put the token where the subject is named")
 
 
+def named(subject: Subject) -> str:
+    """What stands for a subject where its class is said too: its word and its class name."""
+    return f"{subject.token} {subject.class_name}"
+
+
 @dataclass(frozen=True)
 class CustomizeTask:
     """Learn new subjects from pictures."""

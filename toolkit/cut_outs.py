@@ -6,7 +6,8 @@ From one picture a model learns a subject as a difference to that picture's back
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -14,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from toolkit.concepts import CustomizeTask, Subject
+from toolkit.concepts import CustomizeTask, Subject, named
 from toolkit.errors import UserError
 from toolkit.images import save_png
 from toolkit.pictures import METADATA, open_mask, open_photo
@@ -48,7 +49,7 @@ def with_cut_outs(
     count: int,
     *,
     backgrounds: Sequence[str] = tuple(BACKGROUNDS),
-    word: Callable[[Subject], str] = lambda subject: subject.token,
+    class_after: bool = False,
     each: bool = True,
     seed: int = 0,
 ) -> CustomizeTask:
@@ -56,25 +57,27 @@ def with_cut_outs(
 
     Of several subjects every other picture shows all of them (of more than four, some four), the rest one each in turn. Where, on which of
     `backgrounds` (names of `BACKGROUNDS`) and out of which picture the seed decides; a cut-out is at most `LARGEST` of the side.
-    Captions say every subject by `word`, its place and the background; with `each` a picture of several has one of each subject alone
-    besides, which is for methods that learn a subject where its mask is. Pictures of the task without captions get such captions of "a
-    photo of". No masks is a UserError.
+    Captions say every subject's word, with `class_after` and its class name, its place and the background; with `each` a picture of
+    several has one of each subject alone besides, which is for methods that learn a subject where its mask is. Pictures of the task
+    without captions get such captions of "a photo of". No masks is a UserError.
     """
     if count < 1:
         raise UserError(f"{count} cut-outs asked for, needs at least 1; give such a number")
     for subject in task.subjects:
         if not subject.masks:
             raise UserError(f"no masks given for {subject.token}, by which it is to be cut out; give one for each image, or no cut-outs")
-    rng, rows = np.random.default_rng(seed), {subject: _given(subject, task.subjects, word, each) for subject in task.subjects}
+    words = {subject: named(subject) if class_after else subject.token for subject in task.subjects}
+    rows = {subject: _given(subject, words, each) for subject in task.subjects}
+    folders = {subject: check_writable(folder / "masks" / subject.token.strip("<>")) for subject in task.subjects}
+    rng, cut = np.random.default_rng(seed), cache(_cut)
     colours, arrangements = _shuffled(rng, backgrounds), _arranged(rng, task.subjects)
     said: dict[tuple[str, str], None] = {}
     for number in range(count):
-        shown, background = next(arrangements), next(colours)
-        image = check_writable(folder) / f"{number}.png"
-        masks = _compose({place: _cut(subject, rng) for subject, place in shown.items()}, background, image)
-        parts = {subject: f"a {word(subject)} {place}" for subject, place in shown.items()}
-        for (subject, alone), mask in zip(parts.items(), masks, strict=True):
-            path = save_png(mask, check_writable(folder / "masks" / subject.token.strip("<>")) / image.name)
+        shown, background, image = next(arrangements), next(colours), folder / f"{number}.png"
+        cuts = {place: cut(subject, int(rng.integers(len(subject.images)))) for subject, place in shown.items()}
+        parts = {subject: f"a {words[subject]} {place}" for subject, place in shown.items()}
+        for (subject, alone), mask in zip(parts.items(), _compose(cuts, background, image), strict=True):
+            path = save_png(mask, folders[subject] / image.name)
             for text in _distinct(alone, " and ".join(parts.values()), each):
                 rows[subject].append(Row(image, path, f"{text} on a {background} background"))
                 said[image.name, rows[subject][-1].caption] = None
@@ -82,14 +85,14 @@ def with_cut_outs(
     return CustomizeTask(tuple(_taught(subject, own) for subject, own in rows.items()))
 
 
-def _given(subject: Subject, subjects: Sequence[Subject], word: Callable[[Subject], str], each: bool) -> list[Row]:
+def _given(subject: Subject, words: Mapping[Subject, str], each: bool) -> list[Row]:
     """A subject's own pictures. Those without captions are said to be photos of it, and of it with the others that are in them."""
     if subject.captions:
         return [Row(*row) for row in zip(subject.images, subject.masks, subject.captions, strict=True)]
     rows: list[Row] = []
     for image, mask in zip(subject.images, subject.masks, strict=True):
-        together = " and ".join(word(one) for one in subjects if image in one.images)
-        rows += [Row(image, mask, f"a photo of {text}") for text in _distinct(word(subject), together, each)]
+        together = " and ".join(word for one, word in words.items() if image in one.images)
+        rows += [Row(image, mask, f"a photo of {text}") for text in _distinct(words[subject], together, each)]
     return rows
 
 
@@ -114,9 +117,9 @@ def _arranged(rng: np.random.Generator, subjects: Sequence[Subject]) -> Iterator
         yield {next(alone): next(places)}
 
 
-def _cut(subject: Subject, rng: np.random.Generator) -> tuple[Image.Image, float]:
-    """A subject out of one of its pictures: RGBA, as large as its mask; and how large that is in parts of the picture's smaller side."""
-    number = int(rng.integers(len(subject.images)))
+def _cut(subject: Subject, number: int) -> tuple[Image.Image, float]:
+    """A subject out of one of its pictures, by number: RGBA, as large as its mask; and how large that is in parts of the picture's
+    smaller side."""
     picture = open_photo(subject.images[number])
     mask = open_mask(subject.masks[number], subject.images[number], picture.size)
     box = mask.point([0] * 128 + [255] * 128).getbbox()

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.attention import AttentionMaps, attention_maps, grid_of, token_mask
-from toolkit.concepts import Subject
+from toolkit.concepts import Subject, named
 from toolkit.errors import UserError
 from trainers.loop import Batch
 from trainers.photos import load_masks
 from trainers.preservation import PreservedDenoising, without_token
-from trainers.subjects import Denoising, Learned, Photos, Samples, Seen, named
+from trainers.subjects import Denoising, Learned, Photos, Samples, Seen
 
 if TYPE_CHECKING:
     from toolkit.arch.base import Architecture

@@ -300,11 +300,6 @@ def min_snr(arch: Architecture, t: Tensor, gamma: float) -> Tensor:
     return (alpha / sigma).square().clamp(max=gamma) * of_output.float().square()
 
 
-def named(subject: Subject) -> str:
-    """What stands for a subject in a template: its word and its class."""
-    return f"{subject.token} {subject.class_name}"
-
-
 def captions_of(subject: Subject, filled: tuple[str, ...]) -> list[tuple[str, ...]]:
     """For every picture the prompts it may be trained with: its own caption, or the templates with the word put in."""
     return [(caption,) for caption in subject.captions] or [filled] * len(subject.images)

@@ -58,7 +58,7 @@ def test_every_pixel_is_the_subjects_or_the_backgrounds(task: CustomizeTask, tmp
 
 
 def test_all_arrangements_take_turns(task: CustomizeTask, tmp_path: Path) -> None:
-    made = with_cut_outs(task, tmp_path / "out", 8, backgrounds=("red", "blue"), word=lambda one: f"{one.token} thing")
+    made = with_cut_outs(task, tmp_path / "out", 8, backgrounds=("red", "blue"), class_after=True)
     toy, pal = made.subjects
     together = set(toy.images) & set(pal.images)
     assert {path.name for path in together} == {"scene.png", "0.png", "2.png", "4.png", "6.png"}

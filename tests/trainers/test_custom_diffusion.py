@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from toolkit.concepts import CustomizeTask, Subject
+from toolkit.concepts import CustomizeTask, Subject, named
 from toolkit.edits.base import EditInfo
 from toolkit.edits.chain import Chain
 from toolkit.edits.delta import Delta
@@ -23,7 +23,6 @@ from trainers.customize.custom_diffusion import TEMPLATES, CustomDiffusion
 from trainers.keys_and_values import low_rank
 from trainers.loop import Batch
 from trainers.preservation import PreservedDenoising
-from trainers.subjects import named
 
 PLAIN: dict[str, Any] = {"prior": "none", "augment": False}
 

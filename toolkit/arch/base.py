@@ -318,7 +318,7 @@ class Architecture(ABC):
         if len(places) == 1 and not any(hasattr(part, hook) for part in parts for hook in OFFLOADED):
             (place,) = places
             if place.type != "meta":
-                return place  # diffusers' answer asks every module, which in a small model is a tenth of a training step
+                return place  # diffusers' answer asks every module, which took 8 % of a small model's training step
         return self.pipe._execution_device
 
     @property

@@ -38,9 +38,8 @@ def run(args: Namespace) -> dict[str, Any]:
     method = open_method("customize", args.method, args.set, keep_world=args.preserve_world)
     task = CustomizeTask(subjects(args))
     if args.cut_outs:
-        called = (lambda one: f"{one.token} {one.class_name}") if method.class_after else (lambda one: one.token)
-        alone = hasattr(method, "outside_weight")  # else what is said of one subject would be learnt of the other as well
-        task = with_cut_outs(task, Path(args.out) / "cut-outs", args.cut_outs, word=called, each=alone)
+        alone = "outside_weight" in method.config()  # else what is said of one subject would be learnt of the other as well
+        task = with_cut_outs(task, Path(args.out) / "cut-outs", args.cut_outs, class_after=method.class_after, each=alone)
     return fit_and_save(args, method, task, check_writable(args.out))
 
 

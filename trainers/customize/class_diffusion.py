@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.concepts import Subject
+from toolkit.concepts import Subject, named
 from toolkit.method import option
 from trainers.customize.custom_diffusion import CustomDiffusion
 from trainers.loop import Batch
 from trainers.preservation import PRIOR, PreservedDenoising, Prior
-from trainers.subjects import Pool, Prompts, named
+from trainers.subjects import Pool, Prompts
 from trainers.weights import WordsAndWeights
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from toolkit.concepts import CustomizeTask, Subject, Task
+from toolkit.concepts import CustomizeTask, Subject, Task, named
 from toolkit.edits.chain import Chain
 from toolkit.edits.mask import Mask
 from toolkit.errors import UserError
@@ -20,7 +20,7 @@ from toolkit.prompt_search import TokenRows
 from toolkit.world.scenes import ASSETS
 from trainers.loop import Batch, LoopConfig, Objective
 from trainers.preservation import PRIOR, PreservedDenoising, Preserving, Prior
-from trainers.subjects import Photos, Prompts, named
+from trainers.subjects import Photos, Prompts
 from trainers.weights import FullWeights
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from toolkit.concepts import Subject
+from toolkit.concepts import Subject, named
 from toolkit.method import option
 from trainers.augmentation import Scaled
 from trainers.keys_and_values import WithKeysAndValues
 from trainers.loop import Objective
 from trainers.preservation import PreservedDenoising
-from trainers.subjects import Photos, Prompts, named
+from trainers.subjects import Photos, Prompts
 from trainers.weights import WordsAndWeights
 
 if TYPE_CHECKING:

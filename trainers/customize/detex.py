@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.concepts import Subject, Task
+from toolkit.concepts import Subject, Task, named
 from toolkit.edits.base import EditInfo
 from toolkit.errors import UserError
 from toolkit.method import option
@@ -22,7 +22,7 @@ from trainers.image_features import CLIP, features_of, two_layers
 from trainers.keys_and_values import WithKeysAndValues
 from trainers.loop import Objective
 from trainers.preservation import PreservedDenoising
-from trainers.subjects import Photos, Prompts, Seen, named
+from trainers.subjects import Photos, Prompts, Seen
 from trainers.weights import WithAuxiliary, WordsAndWeights
 
 if TYPE_CHECKING:

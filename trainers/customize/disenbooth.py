@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.concepts import Subject
+from toolkit.concepts import Subject, named
 from toolkit.method import option
 from trainers.customize.dreambooth_lora import DreamBoothLora
 from trainers.image_features import CLIP, features_of, two_layers
 from trainers.preservation import PreservedDenoising
-from trainers.subjects import Photos, Samples, named
+from trainers.subjects import Photos, Samples
 from trainers.weights import Trainable, WithAuxiliary
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.attention import AttentionMaps
-from toolkit.concepts import Subject
+from toolkit.concepts import Subject, named
 from toolkit.errors import UserError
 from toolkit.method import option
 from trainers.attention_masks import minmax
 from trainers.keys_and_values import WithKeysAndValues
 from trainers.scenes import AttentiveDenoising, Scenes, own_and_class_words
-from trainers.subjects import Prompts, Samples, named
+from trainers.subjects import Prompts, Samples
 from trainers.weights import WordsAndWeights
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from toolkit.concepts import CustomizeTask, Subject, Task
+from toolkit.concepts import CustomizeTask, Subject, Task, named
 from toolkit.errors import UserError
 from toolkit.method import option
 from toolkit.prompt_search import TokenRows
@@ -15,7 +15,7 @@ from toolkit.world.scenes import ASSETS
 from trainers.loop import Objective
 from trainers.parameters import LAYERS, Layers, layers_of
 from trainers.preservation import PreservedDenoising, Preserving
-from trainers.subjects import Photos, Prompts, named
+from trainers.subjects import Photos, Prompts
 from trainers.weights import LoraWeights, Trainable, WordsAndWeights
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.concepts import CustomizeTask, Subject, Task
+from toolkit.concepts import CustomizeTask, Subject, Task, named
 from toolkit.edits.chain import Chain
 from toolkit.edits.token import TokenEdit
 from toolkit.errors import UserError
@@ -25,7 +25,7 @@ from trainers.image_features import CLIP, places_of
 from trainers.loop import Batch, Objective
 from trainers.parameters import LAYERS, Layers, layers_of
 from trainers.preservation import PreservedDenoising, Preserving
-from trainers.subjects import Photos, Prompts, Samples, named
+from trainers.subjects import Photos, Prompts, Samples
 from trainers.weights import LoraWeights, Trainable
 
 if TYPE_CHECKING:
