@@ -173,6 +173,7 @@ class Bench:
             task = cell.to_fit(self.world, Path(folder))
             with timed() as cost:
                 edit = method.fit(self.model, task)
+            edit = cell.asked_by(edit, self.model, self.world)
             size = save_edit(edit, kept if keeps else Path(folder) / FILE_NAME).stat().st_size
         record |= {
             "method": method.name(),

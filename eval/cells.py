@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eval import prompts as make
 from eval.attacks.base import Attack
 from eval.experiment import Experiment, Section
+from eval.found import called, untold
 from eval.prompts import Prompt, resolve
 from eval.subjects import PICTURES, SIDES, Lesson, Portrait, entangled, side_by_side
 from eval.subjects import alone as portrayed
@@ -20,6 +22,11 @@ from toolkit.method import Method
 from toolkit.world.captions import AT
 from toolkit.world.kept import everything_else
 from toolkit.world.scenes import BACKGROUNDS, Scene, World
+from trainers.customize.concept_express import ConceptExpress
+
+if TYPE_CHECKING:
+    from toolkit.edits.base import Edit
+    from toolkit.model import Model
 
 KEPT = 0.75  # images of everything else in a cell, per image of the concept by name
 ROUND = 40  # different prompts for one of the other objects before seeds change
@@ -77,7 +84,15 @@ class Cell:
 
     def to_fit(self, world: World, folder: Path) -> Task:
         """The task for the method; a subject's pictures go into the folder."""
-        return self.goal if isinstance(self.goal, EraseTask) else self.goal.task(world, folder)
+        if isinstance(self.goal, EraseTask):
+            return self.goal
+        return untold(self.goal, world, folder) if isinstance(self.fitted, ConceptExpress) else self.goal.task(world, folder)
+
+    def asked_by(self, edit: Edit, model: Model, world: World) -> Edit:
+        """The edit with the words that prompts ask by: another one where the method found by itself what there is to learn."""
+        if isinstance(self.fitted, ConceptExpress) and isinstance(self.goal, Lesson):
+            return called(edit, self.goal, self.fitted, model, world)
+        return edit
 
 
 def plan(world: World, experiment: Experiment) -> list[Cell]:

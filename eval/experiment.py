@@ -231,8 +231,9 @@ def _method(label: str, options: dict[str, Any]) -> tuple[Method, Given]:
     beside = Given.from_config(given)
     kind = registry.load("method", options.pop("method", label))
     method = kind.from_config(keeping_world(kind, options) if beside.world else options)
-    if given and method.kind != "customize":
-        raise UserError(f"methods.{label} is given {', '.join(given)}, and {method.name()} learns from no pictures; leave it out")
+    if given and (method.kind != "customize" or getattr(method, "finds", False)):
+        what = "is told nothing of its pictures" if method.kind == "customize" else "learns from no pictures"
+        raise UserError(f"methods.{label} is given {', '.join(given)}, and {method.name()} {what}; leave it out")
     return method, beside
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.intervals import mean, rate
+from eval.overlap import at_places, iou, partners
 from eval.subjects import Lesson, Portrait
 from eval.world_report import Line
 from toolkit.concepts import CustomizeTask, Subject
@@ -99,34 +100,6 @@ def rendered(world: World, role: str, count: int, n: int, seed: int, folder: Pat
 
 
 # --- of one picture ---------------------------------------------------------------------------------------------------
-def iou(true: Tensor, found: Tensor) -> Tensor:
-    """Intersection over union [k, n] of masks [k, h, w] with others [n, h, w], both bool; of two empty ones 0."""
-    one, other = true.flatten(1).double(), found.flatten(1).double()
-    both = one @ other.T
-    return both / (one.sum(1, keepdim=True) + other.sum(1) - both).clamp(min=1)
-
-
-def partners(overlap: Tensor) -> list[int | None]:
-    """For each row of [k, n] its column, or None: one to one, so that the sum is the largest (what Hungarian matching finds).
-
-    Column after column, for each set of rows that have one by then the best way to it: exact, and 2^k sets are few.
-    """
-    none: list[int | None] = [None] * len(overlap)
-    best = {frozenset[int](): (0.0, none)}
-    for number, column in enumerate(overlap.T.tolist()):
-        for rows, (total, given) in list(best.items()):
-            for row in set(range(len(column))) - rows:
-                grown = rows | {row}
-                if grown not in best or total + column[row] > best[grown][0]:
-                    best[grown] = (total + column[row], [*given[:row], number, *given[row + 1 :]])
-    return max(best.values(), key=lambda way: way[0])[1]
-
-
-def at_places(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Masks [k, h, w] at the places of a grid: those which one covers by more than half."""
-    return F.interpolate(masks[:, None].float(), grid, mode="area")[:, 0] > 0.5
-
-
 def in_pixels(masks: Tensor) -> Tensor:
     """Masks [k, h, w] at the size of a picture, each place a square."""
     return F.interpolate(masks[:, None].float(), (SIZE, SIZE), mode="nearest")[:, 0] > 0.5

@@ -132,6 +132,7 @@ LEARN = OK.replace("uce", "textual_inversion").replace("objects", "subjects")
         (OK + 'against = "uce"', "compares what is learnt"),
         (LEARN.replace("\n", "\ngiven = { mask = true }\n", 1), "did you mean masks"),
         (OK.replace("\n", "\ngiven = { masks = true }\n", 1), "learns from no pictures"),
+        (OK + "[methods.concept_express]\ngiven = { masks = true }\n", "is told nothing of its pictures"),
     ],
 )
 def test_mistakes_in_the_file_are_told_in_one_line(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

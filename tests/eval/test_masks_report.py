@@ -16,16 +16,14 @@ from eval.masks_report import (
     NEAREST,
     Overlap,
     Truth,
-    at_places,
     crafted,
     expressed,
     in_pixels,
-    iou,
     main,
     overlap_lines,
-    partners,
     rendered,
 )
+from eval.overlap import at_places, iou, partners
 from eval.world_report import Line
 from toolkit.concepts import Subject
 from toolkit.errors import PalimpsestError, UserError
