@@ -40,7 +40,8 @@ def called(edit: Edit, lesson: Lesson, method: ConceptExpress, model: Model, wor
         masks = method.find(model, untold(lesson, world, Path(folder)).subjects[0].images[0]).masks > 0.5
     words = list(edit.tokens)
     if len(masks) != len(words):
-        raise PalimpsestError(f"{len(masks)} found, {len(words)} learnt in {' and '.join(lesson.names)}; fit on the model that is drawn with")
+        asked = " and ".join(lesson.names)
+        raise PalimpsestError(f"{len(masks)} found, {len(words)} learnt in a picture of {asked}; fit on the model that is drawn with")
     scene = lesson.pictures[0]
     _, covers = world.render(scene, np.random.default_rng(0))
     true = at_places(torch.from_numpy(covers), (masks.shape[1], masks.shape[2]))
