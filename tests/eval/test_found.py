@@ -31,7 +31,7 @@ def finds(monkeypatch: pytest.MonkeyPatch, world: World, lesson: Lesson, names: 
     scene = lesson.pictures[0]
     _, covers = world.render(scene, np.random.default_rng(0))
     true = {name: torch.from_numpy(cover).float() for (_, name), cover in zip(scene.items, covers, strict=True)}
-    elsewhere = (sum(true.values()) == 0).float()
+    elsewhere = (torch.stack(list(true.values())).sum(0) == 0).float()
     masks = torch.stack([true.get(name, elsewhere) for name in names])
     monkeypatch.setattr(ConceptExpress, "find", lambda *given: Found(masks, masks))
     return TokenEdit.from_rows({f"<asset{i}>": {"text_encoder": torch.full((1, 4), float(i))} for i in range(len(names))})
