@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eval.bench_learnt import QUESTIONS, size
+from eval.bench_learnt import QUESTIONS, bar_of, ceiling, size
 from eval.bench_results import (
     ASKED_FOR,
     BY_WORD,
@@ -57,7 +57,8 @@ def rows(results: Sequence[Measured], method: str, sections: Sequence[Section] =
     found = by_section(results)
     for title, by_method in found.items():
         if own := by_method.get(method):
-            lines += ROWS[own[0].cell.kind](title, own, bars)
+            erased = ROWS.get(own[0].cell.kind)
+            lines += erased(title, own, bars) if erased else learnt_rows(title, own, bars, ceiling(results))
     for section in sections:
         by_method, other = found.get(section.title, {}), section.against
         if other != method and {other, method} <= by_method.keys():
@@ -138,15 +139,18 @@ def style_section(title: str, found: Sequence[Measured], bars: Header) -> list[R
     return lines
 
 
-def learnt_rows(title: str, found: Sequence[Measured], bars: Header) -> list[Row]:
-    """Every question that was asked, with the unedited model asked by the objects' names beside it; and everything else."""
-    has, asked = found[0].images.keys(), QUESTIONS[found[0].cell.kind]
+def learnt_rows(title: str, found: Sequence[Measured], bars: Header, most: float | None) -> list[Row]:
+    """Every question that was asked, with the unedited model asked by the objects' names beside it; and everything else.
+
+    most: what words alone draw of one subject.
+    """
+    has, cell = found[0].images.keys(), found[0].cell
     lines = [
-        Row(f"{title}: {one.what}", one.share(found), one.bar, one.below, before=one.share(found, side=0))
-        for one in asked
+        Row(f"{title}: {one.what}", one.share(found), bar_of(one, cell, most), one.below, before=one.share(found, side=0))
+        for one in QUESTIONS[cell.kind]
         if one.label in has
     ]
     return [*lines, Row(f"{title}: other objects kept", kept(found), bars.kept_bar)] if "kept" in has else lines
 
 
-ROWS = {"objects": object_rows, "styles": style_section, **dict.fromkeys(QUESTIONS, learnt_rows)}
+ROWS = {"objects": object_rows, "styles": style_section}

@@ -83,7 +83,21 @@ QUESTIONS = {
         Question("background right", "background", "alone", background),
     ),
 }
+WORDS_ALONE = ("textual_inversion", "mcpl", "concept_express")  # methods that learn words and change no layer
 COLUMNS = {kind: (*(one.column for one in asked), "unedited, by name", "others kept") for kind, asked in QUESTIONS.items()}
+
+
+def ceiling(results: Sequence[Measured]) -> float | None:
+    """The share of images that show one subject in new contexts, of words that `textual_inversion` learnt; None where not measured."""
+    found = [one for one in results if one.cell.fitted.name() == WORDS_ALONE[0] and one.cell.kind == "subjects" and "alone" in one.images]
+    return QUESTIONS["subjects"][0].share(found).value if found else None
+
+
+def bar_of(question: Question, cell: Cell, ceiling: float | None) -> float | None:
+    """A question's bar. What words alone draw has none, but of pairs the same part of their ceiling."""
+    if question.bar is None or cell.fitted.name() not in WORDS_ALONE:
+        return question.bar
+    return question.bar * ceiling if cell.kind == "pairs" and ceiling is not None else None
 
 
 def learnt(found: Sequence[Measured]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.bench_attacks import FALLS, PROOF, Attacked, compared, proof
 from eval.bench_bars import Row, rows
-from eval.bench_learnt import COLUMNS, QUESTIONS, differences, learnt, lesson
+from eval.bench_learnt import COLUMNS, QUESTIONS, WORDS_ALONE, differences, learnt, lesson
 from eval.bench_results import (
     ASKED_FOR,
     BY_WORD,
@@ -283,10 +283,12 @@ NOTES = {
     "subjects": f"""\
 - **Subjects** are objects that the model has never seen, learnt from {len(PICTURES)} pictures, each subject in one style. Their class name
   is the nearest thing that the model knows. They are asked for on backgrounds that none of the pictures has, at all places, and on
-  the left of an object that the model knows. "Unedited" is then the model asked by the object's own name.""",
-    "pairs": """\
+  the left of an object that the model knows. "Unedited" is then the model asked by the object's own name. Words alone have no bar:
+  what `{WORDS_ALONE[0]}` reaches is their ceiling.""",
+    "pairs": f"""\
 - **Pairs** are two subjects that are learnt together from pictures that show both side by side, in one style. Each is asked for alone,
-  where the other should not appear, and both in one prompt, on new backgrounds.""",
+  where the other should not appear, and both in one prompt, on new backgrounds. Words alone ({", ".join(WORDS_ALONE)}) are to reach
+  the same parts of what `{WORDS_ALONE[0]}` draws of one subject in new contexts.""",
     "entangled": f"""\
 - **Entangled**: {len(PICTURES)} pictures of a subject on one background, which their captions do not say. It is asked for on others.""",
 }
