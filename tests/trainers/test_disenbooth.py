@@ -92,6 +92,18 @@ def test_the_adapter_is_the_papers() -> None:
     assert ImageAdapter(6, 4, 0)(features).shape == (2, 4)
 
 
+def test_features_get_the_size_asked_for(tiny: Model, task: CustomizeTask) -> None:
+    given: list[Tensor] = []
+    for size in (None, 0.5):
+        with DisenBooth(**PLAIN, feature_size=size).objective(tiny, task) as (made, _):
+            disentangling: Any = made
+            given.append(disentangling.features)
+    text = tiny.arch.encode([""]).hidden.norm(dim=-1).mean()
+    torch.testing.assert_close(given[0], seen(task.subjects[0].images))
+    torch.testing.assert_close(given[1].norm(dim=-1).mean(), 0.5 * text)
+    torch.testing.assert_close(given[1] / given[1].norm(), given[0] / given[0].norm())
+
+
 def test_gradients_reach_the_factors_and_the_adapter_and_nothing_else(tiny: Model, task: CustomizeTask) -> None:
     with DisenBooth(**PLAIN, train_batch_size=3).objective(tiny, task) as (made, _):
         disentangling: Any = made
@@ -140,5 +152,7 @@ def test_what_makes_no_sense_is_told(tiny: Model, task: CustomizeTask) -> None:
         DisenBooth(max_train_steps=1, clip="local-dir:/nowhere").fit(tiny, task)
     with pytest.raises(UserError, match="weak_weight is -1"):
         DisenBooth(weak_weight=-1.0)
+    with pytest.raises(UserError, match="feature_size is 0"):
+        DisenBooth(feature_size=0.0)
     with pytest.raises(UserError, match="contrast_weight is -1"):
         DisenBooth(contrast_weight=-1.0)

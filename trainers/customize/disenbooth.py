@@ -55,12 +55,14 @@ class DisenBooth(DreamBoothLora):
         denoiser reads, h's residual goes through a linear map too. On SDXL the pooled encoding is the prompt's. `prior` is off, and
         acts when it is asked for; the official flag for it has the class's pictures learnt as the subject's. Masks hold for
         both errors: then there is nothing of the background that h could explain. What `dreambooth_lora` says of its own deviations
-        holds here too.
+        holds here too. h starts at half of f, so that the size of a CLIP's features beside the text's rows decides how much a picture
+        says from the start: about 0.37 for the official pair, 1.4 for the embedded world's, which `feature_size` changes.
     """
 
     clip: str | None = option(None, f"CLIP {CLIP}")
     weak_weight: float = option(0.01, "weight of the error without the image's condition")
     contrast_weight: float = option(0.001, "weight of the cosine of the two conditions")
+    feature_size: float | None = option(None, "mean norm that features get, in parts of a text row's; none: what the CLIP gives")
     max_train_steps: int = option(2000, "optimizer steps")
 
     paper: ClassVar = "arXiv:2305.03374"
@@ -68,11 +70,15 @@ class DisenBooth(DreamBoothLora):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(0, "weak_weight", "contrast_weight")
+        if self.feature_size is not None:
+            self.more_than(0, "feature_size")
 
     def learning(self, model: Model, weights: Trainable, subjects: Sequence[Subject]) -> Disentangling:
         pictures = Photos.of(model.arch, subjects, self, TEMPLATES, named)
-        features = features_of(model, pictures, self.clip)
-        adapter = ImageAdapter(features.shape[1], model.arch.encode([""]).hidden.shape[-1], self.seed).to(model.arch.device)
+        features, text = features_of(model, pictures, self.clip), model.arch.encode([""]).hidden.float()
+        if self.feature_size is not None:
+            features = features * (self.feature_size * text.norm(dim=-1).mean() / features.norm(dim=-1).mean())
+        adapter = ImageAdapter(features.shape[1], text.shape[-1], self.seed).to(model.arch.device)
         return Disentangling(model, weights, adapter, features, self, subjects, pictures)
 
 
