@@ -72,7 +72,7 @@ def test_learners_have_the_tasks_asked_for(world: World, learners: list[Cell]) -
     single = both | {"disenbooth", "multibooth", "detex", "custom_diffusion", "class_diffusion", "cones"}
     behind = {f"{label}-no_prior" for label in ("dreambooth_lora", "disenbooth", "detex")}
     behind |= {"dreambooth_lora-no_prior-masks", "detex-no_prior-masks"}
-    pairs = both | {"mcpl", "concept_express", "disendiff-cut_outs"}
+    pairs = both | {"mcpl", "mcpl-cut_outs", "concept_express", "disendiff-cut_outs"}
     for section, methods, tasks in ((SINGLE, single, 8), (PAIRS, pairs, 6), (ENTANGLED, behind, 6)):
         assert Counter(cell.method for cell in learners if cell.section == section) == dict.fromkeys(methods, tasks)
     taught = {name for cell in learners for name in lesson(cell).names}
@@ -145,7 +145,7 @@ def test_cut_outs_leave_what_is_asked_for_new(world: World, tmp_path: Path) -> N
 # --- measuring --------------------------------------------------------------------------------------------------------
 def test_every_method_learns_what_it_is_given(world: World, learners: list[Cell], untrained: Oracle, tiny: Model, tmp_path: Path) -> None:
     firsts = {(cell.method, cell.kind): cell for cell in reversed(learners)}
-    assert len({method for method, _ in firsts}) == 21 and len({kind for _, kind in firsts}) == 3
+    assert len({method for method, _ in firsts}) == 22 and len({kind for _, kind in firsts}) == 3
     made = Bench(world, tiny, Renderer(untrained), tmp_path)
     for (method, _), cell in firsts.items():
         quick = {"max_train_steps": 1, "train_batch_size": 1} | ({"words_steps": 0} if method == "break_a_scene" else {})
@@ -189,7 +189,7 @@ def test_perfect_learners_meet_every_bar(experiment: Experiment, learners: list[
     assert found(lines, PAIRS, "each alone").bar == 0.7 and found(lines, PAIRS, "both in one prompt").bar == 0.5
     lines = rows(made.results, "dreambooth_lora-no_prior", experiment.sections)
     assert found(lines, ENTANGLED, "pictures' background").estimate.value == 0
-    assert '"given": {"each": true, "masks": true, "world": true, "cut_outs": 12}}`' in text and text.count('"given"') == 14
+    assert '"given": {"each": true, "masks": true, "world": true, "cut_outs": 12}}`' in text and text.count('"given"') == 15
     assert text.count("Less what custom_diffusion reaches") == 1 and text.count("Less what dreambooth_lora-keeping reaches") == 1
     assert text.count("Less what dreambooth_lora-no_prior reaches") == 1
     assert text.count("Less what keys_and_values reaches") == 2
