@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -47,4 +48,4 @@ def called(edit: Edit, lesson: Lesson, method: ConceptExpress, model: Model, wor
     true = at_places(torch.from_numpy(covers), (masks.shape[1], masks.shape[2]))
     found = dict(zip((name for _, name in scene.items), partners(iou(true, masks)), strict=True))
     tokens = {one.token: edit.tokens[words[number]] for one in lesson.subjects if (number := found[one.name]) is not None}
-    return TokenEdit.from_rows(tokens)
+    return TokenEdit.from_rows(tokens, replace(edit.info, triggers=tuple(tokens)))

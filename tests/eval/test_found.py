@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,10 @@ def test_pictures_are_given_without_a_word(world: World, lesson: Lesson, tmp_pat
 
 def test_words_go_where_their_masks_are(monkeypatch: pytest.MonkeyPatch, world: World, lesson: Lesson, tiny: Model) -> None:
     edit = finds(monkeypatch, world, lesson, ["umbrella", "", "penguin"])
-    assert values(called(edit, lesson, ConceptExpress(), tiny, world)) == {"<pal>": 2, "<toy>": 0}
+    edit = TokenEdit.from_rows(edit.tokens, replace(edit.info, notes={"steps": 7}))
+    made = called(edit, lesson, ConceptExpress(), tiny, world)
+    assert values(made) == {"<pal>": 2, "<toy>": 0}
+    assert made.info.notes["steps"] == 7 and set(made.info.triggers) == {"<pal>", "<toy>"}
 
 
 def test_what_is_not_found_has_no_word(monkeypatch: pytest.MonkeyPatch, world: World, lesson: Lesson, tiny: Model) -> None:
