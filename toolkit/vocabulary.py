@@ -175,7 +175,7 @@ def genetic(
     probability `mutation`. progress: called with how many generations are done, of how many.
     """
     size, length = population.shape
-    losses, lowest = loss(population), []
+    losses, lowest = loss(population).to(population.device), []
     for generation in range(generations):
         order = losses.argsort()[: size // 2]
         parents, kept = population[order], losses[order]

@@ -210,7 +210,7 @@ class Architecture(ABC):
         module = self.components()[component].get_submodule(owner)
         held = dict(module.named_parameters(recurse=False)).get(own)
         if self.unread and held is not None and held.is_meta:
-            setattr(module, own, nn.Parameter(self.unread(name).to(held.dtype), requires_grad=False))
+            setattr(module, own, nn.Parameter(self.unread(name).to(self.device, held.dtype), requires_grad=False))
         return module.get_parameter(own)
 
     # --- text ---------------------------------------------------------------------------------------------------

@@ -54,9 +54,12 @@ def load_lazily(family: type[Architecture], source: str, *, dtype: torch.dtype) 
             raise UserError(f"{what}; give a complete checkpoint")
         return value
 
+    def placed(name: str) -> Tensor:
+        return read(name).to(arch.device)
+
     arch.unread = read
     layers: dict[str, Any] = dict(arch.text_linears())
     for site, linear in layers.items():
         linear.__class__ = UnreadLinear
-        linear.read = partial(read, f"{site}.weight")
+        linear.read = partial(placed, f"{site}.weight")
     return arch
