@@ -195,10 +195,19 @@ def proof(found: Sequence[Attacked]) -> list[list[str]]:
                 short(together(controls)),
                 short(recovered(tried)),
                 *(took or [""] * 3),
-                "; ".join(f"{item.cell.name}: {item.impossible}" for item in items if item.impossible),
+                _untried(items),
             ]
         )
     return lines
+
+
+def _untried(found: Sequence[Attacked]) -> str:
+    """The cells that an attack could not be tried on, by the reason why."""
+    reasons: dict[str, list[str]] = {}
+    for item in found:
+        if item.impossible:
+            reasons.setdefault(item.impossible, []).append(item.cell.name)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
 
 
 def _one_each(found: Sequence[Attacked]) -> list[Attacked]:

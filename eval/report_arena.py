@@ -77,14 +77,15 @@ def one_section(report: Report, bench: Bench, section: Section) -> str:
 
 # --- figures and tables -----------------------------------------------------------------------------------------------
 def robustness(found: dict[str, list[Measured]], tried: Sequence[Attacked]) -> str:
-    """Each method's robustness against what it leaves: to all attacks, and to those that need no more than prompts."""
-    prompts = [item for item in tried if item.needs == "text-only"]
+    """Each method's robustness against what it leaves: to attacks that need no more than prompts, and to all but new training."""
     held_back = {label: still_drawn(own, "held_back") for label, own in found.items()}
     if not tried:
         return _scatter(found, held_back, "what held-back synonyms bring back")
+    prompts = [item for item in tried if item.needs == "text-only"]
+    others = [item for item in tried if item.needs != "fine-tuning"]  # which brings back whatever it is given pictures of
     figures = [
-        _scatter(found, {label: strongest(_of(some, label))[1] for label in found}, f"what the strongest {kind} brings back")
-        for kind, some in (("attack", tried), ("attack by prompts alone", prompts if len(prompts) < len(tried) else ()))
+        _scatter(found, {label: strongest(_of(some, label))[1] for label in found}, f"what the strongest attack {kind} brings back")
+        for kind, some in (("by prompts alone", prompts), ("without new training", others if len(others) > len(prompts) else ()))
     ]
     return part.beside(*figures)
 
@@ -144,16 +145,18 @@ def side_by_side(found: dict[str, list[Measured]], tried: Sequence[Attacked]) ->
 
 
 def heat_maps(found: dict[str, list[Measured]], tried: Sequence[Attacked]) -> list[str]:
-    """For each concept how often it is drawn, by method and by how it is asked for."""
+    """How often what was erased is drawn, by method and by how it is asked for: over all concepts, and for each of several."""
     cells = {result.cell.task: result.cell for own in found.values() for result in own if result.cell.kind in ("objects", "styles")}
-    labels, maps = list(by_attack(tried)), []
-    for task in cells:
+    labels = [label for label, items in by_attack(tried).items() if not all(item.impossible for item in items)]
+    over_all = [("what was erased", set(cells))] if len(cells) > 1 else []
+    maps = []
+    for said, tasks in (*over_all, *((task, {task}) for task in cells)):
         rows: dict[str, list[Estimate]] = {}
         for method, own in found.items():
-            here = [result for result in own if result.cell.task == task]
-            rates = {item.label: item.rate for item in tried if (item.cell.method, item.cell.task) == (method, task)}
+            here = [result for result in own if result.cell.task in tasks]
+            rates = pooled_rates([item for item in _of(tried, method) if item.cell.task in tasks])
             rows[method] = [*(still_drawn(here, word) for word in BY_WORD), *(rates.get(label, NOTHING) for label in labels)]
-        maps.append(part.heat_map((*BY_WORD.values(), *labels), rows, f"{task}: how often it is drawn, in %"))
+        maps.append(part.heat_map((*BY_WORD.values(), *labels), rows, f"{said}: how often it is drawn, in %"))
     return maps
 
 

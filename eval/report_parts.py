@@ -133,18 +133,21 @@ class Point:
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 440, 340, 44, 44, 14, 14
 LINE = 14  # from one label to the next
+STARTS = (0.8, 0.6, 0.0)  # where an axis may begin, so that four equal parts of it end at round numbers
 
 
 def scatter(found: Sequence[Point], x: str, y: str, kinds: Mapping[str, str], caption: str) -> str:
     """Rates of things against each other, with their names and intervals. kinds: what a mark ("one", "two") means; "" without points.
 
-    Both axes go from 0 to 100 %.
+    The axis of y goes from 0 to 100 %, that of x from just below what is there.
     """
     if not found:
         return ""
-    grid = "".join(_ticks(share / 4) for share in range(5))
-    names = _labels(found)
-    marks = "".join(_mark(point, label) for point, label in zip(found, names, strict=True))
+    least = min(point.x.value if math.isnan(point.x.low) else point.x.low for point in found)
+    plane = Plane(next(start for start in STARTS if start <= max(0.0, least)))
+    grid = "".join(_ticks(plane, share / 4) for share in range(5))
+    names = _labels(plane, found)
+    marks = "".join(_mark(plane, point, label) for point, label in zip(found, names, strict=True))
     axes = (
         f'<text class="name" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x)}</text>'
         f'<text class="name" transform="translate(11 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{escape(y)}</text>'
@@ -156,26 +159,32 @@ def scatter(found: Sequence[Point], x: str, y: str, kinds: Mapping[str, str], ca
     return f"<figure>{drawing}<figcaption>{escape(caption)} {escape(key)}.</figcaption></figure>"
 
 
-def _place(x: float, y: float) -> tuple[float, float]:
-    """Where shares are on the drawing; those outside the axes are at their ends."""
-    across, up = (min(1.0, max(0.0, share)) for share in (x, y))
-    return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+@dataclass(frozen=True)
+class Plane:
+    """What a scatter plot is drawn on. start: the share at which the axis of x begins; both end at 1."""
+
+    start: float
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where shares are on the drawing; those outside the axes are at their ends."""
+        across, up = (min(1.0, max(0.0, share)) for share in ((x - self.start) / (1 - self.start), y))
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
 
-def _ticks(share: float) -> str:
-    """The lines of a grid at this share, on both axes."""
-    (x, bottom), (right, y), (left, top) = _place(share, 0), _place(1, share), _place(0, 1)
-    said = f"{100 * share:.0f}"
+def _ticks(plane: Plane, part: float) -> str:
+    """The lines of a grid at this part of both axes."""
+    share = plane.start + part * (1 - plane.start)
+    (x, bottom), (right, y), (left, top) = plane.place(share, 0), plane.place(1, part), plane.place(plane.start, 1)
     return (
         f'<path class="axis" d="M{x:.1f} {top:.1f}V{bottom:.1f}M{left:.1f} {y:.1f}H{right:.1f}"/>'
-        f'<text class="tick" x="{x:.1f}" y="{bottom + 15:.1f}" text-anchor="middle">{said}</text>'
-        f'<text class="tick" x="{left - 5:.1f}" y="{y + 4:.1f}" text-anchor="end">{said}</text>'
+        f'<text class="tick" x="{x:.1f}" y="{bottom + 15:.1f}" text-anchor="middle">{100 * share:.0f}</text>'
+        f'<text class="tick" x="{left - 5:.1f}" y="{y + 4:.1f}" text-anchor="end">{100 * part:.0f}</text>'
     )
 
 
-def _labels(found: Sequence[Point]) -> list[tuple[float, float, str]]:
+def _labels(plane: Plane, found: Sequence[Point]) -> list[tuple[float, float, str]]:
     """Where each point's name goes: beside it, on the side that has room, and further up or down where another name is."""
-    at = [_place(point.x.value, point.y.value) for point in found]
+    at = [plane.place(point.x.value, point.y.value) for point in found]
     placed: dict[int, tuple[float, float, str]] = {}
     for side, shift in (("start", 9), ("end", -9)):
         own = sorted((i for i, (x, _) in enumerate(at) if (x > WIDTH / 2) == (side == "end")), key=lambda i: at[i][1])
@@ -189,11 +198,11 @@ def _labels(found: Sequence[Point]) -> list[tuple[float, float, str]]:
     return [placed[i] for i in range(len(found))]
 
 
-def _mark(point: Point, label: tuple[float, float, str]) -> str:
+def _mark(plane: Plane, point: Point, label: tuple[float, float, str]) -> str:
     """A point, its intervals and its name."""
-    x, y = _place(point.x.value, point.y.value)
-    (low, _), (high, _) = _place(point.x.low, 0), _place(point.x.high, 0)
-    (_, under), (_, over) = _place(0, point.y.low), _place(0, point.y.high)
+    x, y = plane.place(point.x.value, point.y.value)
+    (low, _), (high, _) = plane.place(point.x.low, 0), plane.place(point.x.high, 0)
+    (_, under), (_, over) = plane.place(0, point.y.low), plane.place(0, point.y.high)
     shape = (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
         if point.kind == "one"

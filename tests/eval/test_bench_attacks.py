@@ -15,7 +15,7 @@ from eval.attacks.base import Attack, AttackResult, Scenario, Spent
 from eval.attacks.closed_form_preimage import ClosedFormPreimage
 from eval.attacks.paraphrase import Paraphrase
 from eval.bench import Bench
-from eval.bench_attacks import attempt, falls_to, pooled_rates, recovered, strongest, together
+from eval.bench_attacks import attempt, falls_to, pooled_rates, proof, recovered, strongest, together
 from eval.cells import Cell, plan
 from eval.experiment import read
 from eval.intervals import NOTHING, Estimate, rate
@@ -110,7 +110,7 @@ def test_the_arena_tries_every_attack_on_methods_of_both_kinds(world: World) -> 
     assert tried == set(registry.names("attack")) - {"prompt_set"}, "whose prompts are a file of the user's"
     assert {method.training_free for method in experiment.methods.values()} == {True, False}
     assert {cell.task for cell in cells} == {"pistol", "dog"}
-    assert all(cell.attacks.keys() == experiment.attacks.keys() for cell in cells) and len(cells) == 18
+    assert all(cell.attacks.keys() == experiment.attacks.keys() for cell in cells) and len(cells) == 30
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -186,6 +186,9 @@ def test_an_attack_that_cannot_be_tried_says_why(world: World, untrained: Oracle
     (found,) = bench.attacked(cell)
     assert "nothing to invert" in found.impossible and math.isnan(found.rate.value) and found.needs == "white-box"
     assert pooled_rates([found]) == {} and strongest([found]) == ("", NOTHING) and bench._untried(cell) == []
+    other = replace(found, cell=replace(cell, task="other"))
+    (line,) = proof([found, other])
+    assert line[-1] == f"{cell.name}, {other.cell.name}: {found.impossible}", "a reason is said once"
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def test_the_pages_tell_of_attacks(
     text, html = (tmp_path / "out" / "e.md").read_text(), (tmp_path / "page.html").read_text()
     assert "| method | clean | paraphrase | by-given-words | the strongest | falls to |" in text and "**Attacked**" in text
     assert "| uce | 0 % " in text and found["html"] == str(tmp_path / "page.html") and len(found["results"]) == 4 + 8
-    assert html.count("<svg") == 1 and html.count('class="heat"') == 2 and html.count("data:image/webp") == 4 * 4
+    assert html.count("<svg") == 1 and html.count('class="heat"') == 3 and html.count("data:image/webp") == 4 * 4
     assert "palimpsest attack --edit" in html and "--set words=given" in html and f"palimpsest bench {tmp_path}/e.toml" in html
     assert "http" not in html.replace("https://", "http").split("<script>")[0].replace("charset", "") and 'src="data:' in html
     images = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "images").rglob("*.png")}

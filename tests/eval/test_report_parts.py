@@ -99,6 +99,16 @@ def test_points_are_where_their_rates_are() -> None:
     assert "Circle: o; Square: t" in html
 
 
+def test_the_axis_of_x_begins_just_below_what_is_there() -> None:
+    kept, left = Estimate(0.95, 0.85, 1, 5), Estimate(0.5, 0.4, 0.75, 5)
+    html = part.scatter([part.Point("a", kept, left)], "x", "y", {"one": "o"}, "c")
+    svg = ET.fromstring(re.search(r"<svg.*</svg>", html)[0])  # type: ignore[index]
+    (circle,) = svg.findall(".//circle")
+    assert float(circle.attrib["cx"]) == part.LEFT + 0.75 * (part.WIDTH - part.LEFT - part.RIGHT), "0.95 is at three quarters from 0.8 to 1"
+    ticks = [text.text for text in svg.findall(".//text[@class='tick']")]
+    assert ticks == ["80", "0", "85", "25", "90", "50", "95", "75", "100", "100"], "of x and y in turn"
+
+
 @pytest.mark.parametrize("count", [2, 6])
 def test_names_of_points_do_not_cover_each_other(count: int) -> None:
     same = Estimate(0.9, 0.8, 1, 5)
