@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eval.attacks.words import RANDOM
 from eval.pictures import as_images, spread
 from eval.trial import percent
 from toolkit.images import grid, save_png
@@ -70,7 +71,7 @@ def rates(one: Tried) -> list[str]:
     """By name, attacked, and control: the same of an object that the model never knew, or words drawn at random."""
     if one.found is None:
         return ["", "", ""]
-    random = one.found.beside.get("random_rate")
+    random = one.found.beside.get(RANDOM)
     control = percent(one.control) if one.control.n else f"{percent(random)}, random words" if random else "has none"
     return [percent(one.found.clean_rate), percent(one.rate), control]
 

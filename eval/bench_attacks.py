@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from eval.attacks.base import Attack, AttackResult, Scenario, Spent
+from eval.attacks.words import RANDOM
 from eval.bench_results import short
 from eval.cells import Cell
 from eval.intervals import NOTHING, Estimate, difference
@@ -145,9 +146,15 @@ def falls_to(found: Sequence[Attacked]) -> list[str]:
     return [label for label, one in pooled_rates(found).items() if one.value >= FALLS]
 
 
+def control_of(found: Sequence[Attacked]) -> Estimate:
+    """An attack's control: what random words show, over cells, or what it shows of an object that no model knew, which is one for all."""
+    words = together([item.beside.get(RANDOM, NOTHING) for item in found])
+    return words if words.n else next((item.control for item in found if item.control.n), NOTHING)
+
+
 def recovered(found: Sequence[Attacked]) -> Estimate:
-    """How much more often an attack shows what was erased than what no model knew, over cells; not measured without a control."""
-    rate, control = together([item.rate for item in found]), next((item.control for item in found if item.control.n), NOTHING)
+    """How much more often an attack shows what was erased than its control, over cells; not measured without one."""
+    rate, control = together([item.rate for item in found]), control_of(found)
     return difference(rate, control) if rate.n and control.n else NOTHING
 
 
@@ -155,8 +162,8 @@ def recovered(found: Sequence[Attacked]) -> Estimate:
 PROOF = (
     "attack",
     "needs",
-    "shown of what no model knew",
-    "brought back beyond that",
+    "control",
+    "brought back beyond it",
     "seconds",
     "steps",
     "pictures",
@@ -187,21 +194,20 @@ def proof(found: Sequence[Attacked]) -> list[list[str]]:
             f"{fmean(values):.0f}" if values else ""
             for values in zip(*((i.seconds, i.spent.steps, i.spent.images) for i in tried), strict=True)
         ]
-        controls = [item.control for item in tried][:1]
         lines.append(
             [
                 label,
                 items[0].needs,
-                short(together(controls)),
+                short(control_of(tried)),
                 short(recovered(tried)),
                 *(took or [""] * 3),
-                _untried(items),
+                _not_tried(items),
             ]
         )
     return lines
 
 
-def _untried(found: Sequence[Attacked]) -> str:
+def _not_tried(found: Sequence[Attacked]) -> str:
     """The cells that an attack could not be tried on, by the reason why."""
     reasons: dict[str, list[str]] = {}
     for item in found:

@@ -279,7 +279,7 @@ NOTES = {
 - **Attacked**: how often what was erased is drawn under each attack, over all tasks; clean is by its name, without one. White-box attacks
   compute with the weights, fine-tuning ones train them, text-only ones write prompts, image-guided ones start from pictures. A method
   falls to an attack that brings back what it erased in {falls} % of the images or more. What an attack shows of an object that no model
-  knew, it has not brought back but taught.""",
+  knew, its control, it has not brought back but taught; the control of words that are found are random ones of the same length.""",
     "subjects": f"""\
 - **Subjects** are objects that the model has never seen, learnt from {len(PICTURES)} pictures, each subject in one style. Their class name
   is the nearest thing that the model knows. They are asked for on backgrounds that none of the pictures has, at all places, and on

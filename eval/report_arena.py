@@ -14,14 +14,15 @@ from eval import report_parts as part
 from eval.bench import Bench
 from eval.bench_attacks import (
     FALLS,
+    PROOF,
     Attacked,
     by_attack,
+    control_of,
     falls_to,
     pooled_rates,
     proof,
     recovered,
     strongest,
-    together,
 )
 from eval.bench_page import COMPARE, COMPARED, COST, Report, mean_cost
 from eval.bench_results import BY_WORD, Measured, by_section, drawn_most, kept, still_drawn
@@ -162,13 +163,13 @@ def heat_maps(found: dict[str, list[Measured]], tried: Sequence[Attacked]) -> li
 
 def _proof(tried: Sequence[Attacked]) -> tuple[Sequence[str], list[list[part.Value]], str]:
     """Attacks with their controls and costs."""
-    columns = ("attack", "needs", "control", "brought back beyond it", "seconds", "steps", "pictures", "could not be tried on")
     rows: list[list[part.Value]] = []
     for (label, items), line in zip(by_attack(tried).items(), proof(tried), strict=True):
         done = [item for item in items if not item.impossible]
         took = [float(word) if word else math.nan for word in line[4:7]]
-        rows.append([label, items[0].needs, together([item.control for item in done][:1]), recovered(done), *took, line[7]])
-    return columns, rows, "Attacks: a control shows what an attack draws of an object that no model knew; costs are means over the tasks."
+        rows.append([label, items[0].needs, control_of(done), recovered(done), *took, line[7]])
+    control = "A control is what an attack draws of an object that no model knew; of words, what random ones of the same length draw"
+    return PROOF, rows, f"Attacks. {control}. Costs are means over the tasks."
 
 
 def _of(tried: Sequence[Attacked], method: str) -> list[Attacked]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from toolkit.model import Model
 
 BATCH = 64  # prompts that are encoded at once
+RANDOM = "random_rate"  # what random words of the same length do, among a result's other rates
 CHECK_SEED = 2 * PICTURE_SEEDS  # images that an attacker looks at while searching have seeds from here on
 
 
@@ -84,7 +85,7 @@ class WordAttack(Attack, ABC):
             shown += self.draw(scenario, attacked, words, scenario.seed, f"attack {name}")
             random = vocabulary.random((scenario.n, self.length), seeded("random words", self.seed, name))
             control += self.draw(scenario, attacked, vocabulary.texts(random), scenario.seed, f"random words, {name}")
-        return self.result(scenario, shown, clean, spent=spent, beside={"random_rate": share(control, scenario.shows)})
+        return self.result(scenario, shown, clean, spent=spent, beside={RANDOM: share(control, scenario.shows)})
 
     def attacked(self, scenario: Scenario, name: str) -> Attacked:
         """The prompts, with pictures where they are needed."""

@@ -13,12 +13,14 @@ import torch
 
 from eval.attacks.base import Attack, AttackResult, Scenario, Spent
 from eval.attacks.closed_form_preimage import ClosedFormPreimage
+from eval.attacks.p4d import P4D
 from eval.attacks.paraphrase import Paraphrase
+from eval.attacks.words import RANDOM
 from eval.bench import Bench
-from eval.bench_attacks import attempt, falls_to, pooled_rates, proof, recovered, strongest, together
+from eval.bench_attacks import attempt, control_of, falls_to, pooled_rates, proof, recovered, strongest, together
 from eval.cells import Cell, plan
 from eval.experiment import read
-from eval.intervals import NOTHING, Estimate, rate
+from eval.intervals import NOTHING, Estimate, difference, rate
 from eval.prompts import Prompt
 from tests.eval.experiments import FILES
 from tests.eval.images import Renderer, reading
@@ -189,6 +191,16 @@ def test_an_attack_that_cannot_be_tried_says_why(world: World, untrained: Oracle
     other = replace(found, cell=replace(cell, task="other"))
     (line,) = proof([found, other])
     assert line[-1] == f"{cell.name}, {other.cell.name}: {found.impossible}", "a reason is said once"
+
+
+def test_the_control_of_words_is_random_ones_of_every_cell(world: World, untrained: Oracle, tiny: Model, tmp_path: Path) -> None:
+    bench = Bench(world, tiny, Renderer(untrained, spoil=nameless), tmp_path)
+    cell = one(world, tmp_path, words=P4D(length=2, prompts=2, steps=1, steps_per_look=1, noises=1))
+    bench.measure(cell)
+    (found,) = bench.attacked(cell)
+    chance = found.beside[RANDOM]
+    assert chance.n == cell.n and control_of([found]) == chance and control_of([found, found]).n == 2 * cell.n
+    assert recovered([found]) == difference(found.rate, chance)
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
