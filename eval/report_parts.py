@@ -102,7 +102,7 @@ def _text(value: Value) -> str:
 
 def heat_map(columns: Sequence[str], rows: Mapping[str, Sequence[Estimate]], caption: str) -> str:
     """Rates as colours, the higher the darker; what was not measured is a dash. "" without rows."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    head = "".join(f'<th scope="col">{escape(name).replace("_", "_<wbr>")}</th>' for name in columns)  # a name may go on in a second line
     body = "".join(f'<tr><th scope="row">{escape(name)}</th>{"".join(map(_heat, rates))}</tr>' for name, rates in rows.items())
     title = f"<caption>{escape(caption)}</caption>"
     return (
