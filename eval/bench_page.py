@@ -222,8 +222,9 @@ def cost(result: Measured) -> list[str]:
 def mean_cost(found: Sequence[Measured]) -> list[str]:
     """The same, on average over tasks."""
     seconds, memory, size = (fmean(getattr(r.costs, name) for r in found) for name in ("seconds", "memory", "bytes"))
-    devices = ", ".join(sorted({r.costs.device for r in found} - {"CPU"}))
-    return [f"{seconds:.1f}{f' ({devices})' if devices else ''}", f"{memory:.0f}", f"{size / 1024:.0f}"]
+    devices = sorted({r.costs.device for r in found})
+    where = "" if devices == ["CPU"] else f" ({', '.join(devices)})"
+    return [f"{seconds:.1f}{where}", f"{memory:.0f}", f"{size / 1024:.0f}"]
 
 
 def by_object_kept(per_method: Mapping[str, Sequence[Measured]], most: int = 8) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import eval.commands.bench
 import eval.commands.evaluate
 import eval.rates
 import toolkit.world.oracle
+import trainers.method
 from eval.prompts import Prompt
 from eval.rates import Painter, Shown
 from tests.eval.images import reading, true_reading
@@ -60,6 +61,8 @@ def stand_ins() -> list[tuple[ModuleType, str, Any]]:
         (eval.commands.evaluate, "knows_world", lambda model: True),
         (toolkit.world.oracle, "load_oracle", lambda: oracle),
         (eval.rates, "Painter", Sampled),
+        # An edit notes the seconds of its fit, and with more digits or fewer its file would have another size.
+        (trainers.method, "time", SimpleNamespace(perf_counter=lambda: 0.0)),
     ]
 
 
